@@ -1,0 +1,107 @@
+"""Checks of what a caller passes in, and the view of a wider array's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A view of `width` columns of a wider array [T, stride], from `first` on: rows that are strided, without a copy.
+
+    `route`, `router_logits`, `dispatch` and `combine` take one wherever they take a two-dimensional array to read. The
+    GPU kernels read the columns in place; XLA may copy them.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmoe
+      >>> wide = jnp.zeros((4, 96), jnp.bfloat16)
+      >>> jaxmoe.Columns(wide, first=32, width=64).shape
+      (4, 64)
+    """
+
+    array: jax.Array
+    first: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.array.shape[0], self.width)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+
+jax.tree_util.register_dataclass(Columns, data_fields=["array"], meta_fields=["first", "width"])
+
+Rows = jax.Array | Columns
+
+
+def base(x: Rows) -> tuple[jax.Array, int]:
+    """(the array that lies in memory, the first column to read)."""
+    return (x.array, x.first) if isinstance(x, Columns) else (x, 0)
+
+
+def dense(x: Rows) -> jax.Array:
+    """The columns as an array of their own, for XLA."""
+    return x.array[:, x.first : x.first + x.width] if isinstance(x, Columns) else x
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{jnp.dtype(value.dtype).name}{list(value.shape)}"
+    return repr(value)
+
+
+def check_array(name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[Any] = FLOATS) -> None:
+    """Raises ValueError unless `value` is an array of one of `dtypes` with that shape; a letter stands for any size."""
+    names = " or ".join(jnp.dtype(d).name for d in dtypes)
+    wanted = f"{names} [{', '.join(map(str, shape))}]"
+    is_array = isinstance(value, (jax.Array, Columns)) or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    if not is_array:
+        raise ValueError(f"{name}: expected an array {wanted}, got {type(value).__name__}")
+    if isinstance(value, Columns) and not 0 <= value.first <= value.first + value.width <= value.array.shape[1]:
+        raise ValueError(
+            f"{name}: expected columns inside {_describe(value.array)}, got first={value.first}, width={value.width}"
+        )
+    sizes_fit = len(value.shape) == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not sizes_fit or value.dtype not in [jnp.dtype(d) for d in dtypes]:
+        raise ValueError(f"{name}: expected {wanted}, got {_describe(value)}")
+
+
+def check_at_least_one(name: str, value: Any, axis: int) -> None:
+    if value.shape[axis] < 1:
+        raise ValueError(f"{name}: expected at least one element along axis {axis}, got {_describe(value)}")
+
+
+def check_one_device(**arrays: Any) -> None:
+    """Raises ValueError where arrays that are committed to devices lie on different ones (a sharded array is fine)."""
+    seen: dict[frozenset[Any], str] = {}
+    for name, value in arrays.items():
+        for leaf in jax.tree.leaves(value):
+            if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
+                seen.setdefault(frozenset(leaf.devices()), name)
+    if len(seen) > 1:
+        (here, first), (there, second), *_ = seen.items()
+        show = lambda devices: "/".join(sorted(map(str, devices)))
+        raise ValueError(f"{second}: expected the device of {first}, {show(here)}, got {show(there)}")
+
+
+def check_out(out: Any, arrays: Sequence[Any]) -> None:
+    """Raises ValueError where `out` shares its buffer with an array that is read."""
+    for leaf in jax.tree.leaves(out):
+        if any(leaf is other for other in jax.tree.leaves(list(arrays))):
+            raise ValueError("out: expected a buffer of its own, got an array that is also an input")

@@ -1,0 +1,307 @@
+"""Into expert order and back: the plan, dispatch and combine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import arguments, reference
+from jaxmoe.arguments import Rows, base, check_array, dense
+from jaxmoe.config import MAX_EXPERTS
+from jaxmoe.implementation import check_implementation, run
+from jaxmoe.routing import like_rows
+from kernels_pallas import combine as combine_kernels
+from kernels_pallas.dispatch import dispatch as dispatch_kernel
+from kernels_pallas.plan_dispatch import num_rows
+from kernels_pallas.plan_dispatch import plan_dispatch as plan_kernel
+
+
+class DispatchPlan(NamedTuple):
+    """Where each (token, slot) pair goes when rows are put in the order of their experts.
+
+    Attributes:
+      rows: int32 [T, S], the row that each pair goes to, -1 if it is dropped.
+      slots: int32 [M], the inverse: the flat index t * S + j of each row, -1 for a row that holds no token.
+      group_sizes: int32 [num_experts], the rows of each expert, padding included: multiples of align.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    group_sizes: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("num_experts", "align", "implementation"))
+def _plan(
+    experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int, implementation: str | None
+) -> DispatchPlan:
+    xla = functools.partial(reference.plan_dispatch, num_experts=num_experts, align=align)
+
+    def kernels(experts: jax.Array, expert_map: Any, *, target: str, interpret: bool) -> tuple[jax.Array, ...]:
+        if experts.size == 0:
+            return xla(experts, expert_map)
+        return plan_kernel(
+            experts, expert_map, num_experts=num_experts, align=align, target=target, interpret=interpret
+        )
+
+    return DispatchPlan(*run(implementation, kernels, xla, experts, expert_map))
+
+
+def plan_dispatch(
+    experts: jax.Array,
+    num_experts: int,
+    *,
+    align: int = 1,
+    expert_map: jax.Array | None = None,
+    implementation: str | None = None,
+) -> DispatchPlan:
+    """Plans the permutation of (token, slot) pairs into expert order: a stable counting sort in two kernels.
+
+    Within an expert the rows keep the order of the flat index t * S + j. The result depends on the ids alone: no
+    atomics, the same bit for bit on every run.
+
+    Args:
+      experts: int32 [T, S], the ids; a negative one, or one not below the number of ids, is dropped. T may be 0.
+      num_experts: how many experts there are here, 1 to 1024 (shared ids count: `config.num_expert_ids`).
+      align: each expert's rows start at, and fill up to, a multiple of this.
+      expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here (expert parallelism).
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      DispatchPlan(rows [T, S], slots [M], group_sizes [num_experts]), all int32. M = T*S for align=1, otherwise
+      T*S + num_experts*(align-1) rounded up to a multiple of align.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: vLLM's moe_permute and moe_align_block_size do this by sorting and by atomics.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmoe
+      >>> plan = jaxmoe.plan_dispatch(jnp.array([[2, 0], [0, -1]], jnp.int32), 3)
+      >>> plan.rows.tolist(), plan.slots.tolist(), plan.group_sizes.tolist()
+      ([[2, 0], [1, -1]], [1, 2, 0, -1], [2, 0, 1])
+    """
+    check_array("experts", experts, ("T", "S"), (jnp.int32,))
+    arguments.check_at_least_one("experts", experts, 1)
+    most = MAX_EXPERTS * 2  # routed and shared
+    for name, value, limit in (("num_experts", num_experts, most), ("align", align, 2**20)):
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
+    if num_rows(experts.size, num_experts, align) >= 2**31 - 2**20:
+        raise ValueError(f"experts: expected fewer than 2**31 rows after alignment, got {list(experts.shape)}")
+    if expert_map is not None:
+        check_array("expert_map", expert_map, ("ids",), (jnp.int32,))
+        arguments.check_at_least_one("expert_map", expert_map, 0)
+    check_implementation(implementation, experts, expert_map)
+    arguments.check_one_device(experts=experts, expert_map=expert_map)
+    return _plan(experts, expert_map, num_experts=num_experts, align=align, implementation=implementation)
+
+
+def _move(
+    implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, dtype: Any
+) -> jax.Array:
+    """dispatch, times `scale` where it is given: forward of dispatch, and the gradient of combine."""
+
+    def xla(x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any) -> jax.Array:
+        del out
+        return reference.dispatch(dense(x), rows, slots, scale, dtype)
+
+    def kernels(
+        x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, *, target: str, interpret: bool
+    ) -> jax.Array:
+        array, column = base(x)
+        if slots.shape[0] == 0 or x.shape[1] == 0:
+            return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
+        if rows.shape[0] == 0:  # rows that hold no token are all there is
+            return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
+        return dispatch_kernel(
+            array,
+            rows,
+            slots,
+            scale=scale,
+            column=column,
+            width=x.shape[1],
+            out=out,
+            dtype=dtype,
+            target=target,
+            interpret=interpret,
+        )
+
+    return run(implementation, kernels, xla, x, rows, slots, scale, out)
+
+
+def _gather(
+    implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any
+) -> jax.Array:
+    """combine, unweighted where `weights` is None: forward of combine, and the gradient of dispatch."""
+
+    def xla(x: Rows, rows: jax.Array, weights: Any, out: Any) -> jax.Array:
+        del out
+        if x.shape[0] == 0:
+            return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
+        return reference.combine(dense(x), rows, weights, dtype)
+
+    def kernels(x: Rows, rows: jax.Array, weights: Any, out: Any, *, target: str, interpret: bool) -> jax.Array:
+        array, column = base(x)
+        if rows.shape[0] == 0 or x.shape[0] == 0 or x.shape[1] == 0:
+            return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
+        return combine_kernels.combine(
+            array,
+            rows,
+            weights,
+            column=column,
+            width=x.shape[1],
+            out=out,
+            dtype=dtype,
+            target=target,
+            interpret=interpret,
+        )
+
+    return run(implementation, kernels, xla, x, rows, weights, out)
+
+
+def _no_gradient(x: jax.Array) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, out: Any) -> jax.Array:
+    return _move(implementation, x, rows, slots, None, out, x.dtype)
+
+
+def _dispatch_fwd(
+    implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, out: Any
+) -> tuple[jax.Array, Any]:
+    like = x if isinstance(x, arguments.Columns) else None
+    return _move(implementation, x, rows, slots, None, out, x.dtype), (like, rows, slots)
+
+
+def _dispatch_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    like, rows, slots = saved
+    dx = _gather(implementation, grad, rows, None, None, grad.dtype)
+    return dx if like is None else like_rows(like, dx), _no_gradient(rows), _no_gradient(slots), None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch_jit = jax.jit(_dispatch, static_argnums=(0,), donate_argnums=(4,), keep_unused=True)
+
+
+def check_plan(plan: Any) -> None:
+    if not isinstance(plan, tuple) or len(plan) != 3:
+        raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
+    check_array("plan.rows", plan[0], ("T", "S"), (jnp.int32,))
+    check_array("plan.slots", plan[1], ("M",), (jnp.int32,))
+
+
+def dispatch(
+    x: Rows, plan: DispatchPlan, *, out: jax.Array | None = None, implementation: str | None = None
+) -> jax.Array:
+    """Copies tokens into expert order: row plan.rows[t, j] of the result is x[t].
+
+    Args:
+      x: [T, H] bfloat16, float16 or float32, or a `Columns` view.
+      plan: what `plan_dispatch` returned.
+      out: [M, H] of x's dtype to write into: donated, and deleted as JAX does with what is donated.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      [M, H] in x's dtype; rows that hold no token are zero. Differentiable in x: the gradient is a sum over the token's
+      rows, gathered (no scatter-add), in float32.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmoe
+      >>> plan = jaxmoe.plan_dispatch(jnp.array([[1], [0]], jnp.int32), 2)
+      >>> jaxmoe.dispatch(jnp.array([[1.0], [2.0]]), plan).tolist()
+      [[2.0], [1.0]]
+    """
+    check_plan(plan)
+    check_array("x", x, (plan.rows.shape[0], "H"))
+    if out is not None:
+        check_array("out", out, (plan.slots.shape[0], x.shape[1]), (x.dtype,))
+        arguments.check_out(out, [x, *plan])
+    check_implementation(implementation, x, plan)
+    arguments.check_one_device(x=x, plan=plan, out=out)
+    return _dispatch_jit(implementation, x, plan.rows, plan.slots, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(
+    implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, weights: jax.Array, out: Any
+) -> jax.Array:
+    return _gather(implementation, x, rows, weights, out, x.dtype)
+
+
+def _combine_fwd(
+    implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, weights: jax.Array, out: Any
+) -> tuple[jax.Array, Any]:
+    return _gather(implementation, x, rows, weights, out, x.dtype), (x, rows, slots, weights)
+
+
+def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    x, rows, slots, weights = saved
+
+    def xla(x: Rows, grad: jax.Array, rows: jax.Array) -> jax.Array:
+        if x.shape[0] == 0:
+            return jnp.zeros(rows.shape, jnp.float32)
+        return reference.combine_weight_grad(dense(x), grad, rows)
+
+    def kernels(x: Rows, grad: jax.Array, rows: jax.Array, *, target: str, interpret: bool) -> jax.Array:
+        array, column = base(x)
+        if rows.shape[0] == 0 or x.shape[0] == 0 or x.shape[1] == 0:
+            return jnp.zeros(rows.shape, jnp.float32)
+        return combine_kernels.combine_weight_grad(array, grad, rows, column=column, target=target, interpret=interpret)
+
+    dx = like_rows(x, _move(implementation, grad, rows, slots, weights, None, x.dtype))
+    dweights = run(implementation, kernels, xla, x, grad, rows).astype(weights.dtype)
+    return dx, _no_gradient(rows), _no_gradient(slots), dweights, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+_combine_jit = jax.jit(_combine, static_argnums=(0,), donate_argnums=(5,), keep_unused=True)
+
+
+def combine(
+    rows: Rows,
+    plan: DispatchPlan,
+    weights: jax.Array,
+    *,
+    out: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Brings the experts' rows back to their tokens: y[t] = sum over slots j of weights[t, j] * rows[plan.rows[t, j]].
+
+    Args:
+      rows: [M, H] bfloat16, float16 or float32, or a `Columns` view.
+      plan: what `plan_dispatch` returned.
+      weights: [T, S] of any float dtype. A dropped pair adds nothing, whatever its weight.
+      out: [T, H] of rows' dtype to write into: donated, and deleted as JAX does with what is donated.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      [T, H] in rows' dtype; summed over j = 0, 1, ..., S-1 in that order, in float32. Differentiable in rows and weights.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmoe
+      >>> plan = jaxmoe.plan_dispatch(jnp.array([[1, 0]], jnp.int32), 2)
+      >>> jaxmoe.combine(jnp.array([[10.0], [1.0]]), plan, jnp.array([[0.25, 0.5]])).tolist()
+      [[5.25]]
+    """
+    check_plan(plan)
+    check_array("rows", rows, (plan.slots.shape[0], "H"))
+    check_array("weights", weights, plan.rows.shape)
+    if out is not None:
+        check_array("out", out, (plan.rows.shape[0], rows.shape[1]), (rows.dtype,))
+        arguments.check_out(out, [rows, weights, *plan])
+    check_implementation(implementation, rows, plan, weights)
+    arguments.check_one_device(rows=rows, plan=plan, weights=weights, out=out)
+    return _combine_jit(implementation, rows, plan.rows, plan.slots, weights, out)

@@ -1,0 +1,64 @@
+"""Which implementation runs: the Pallas kernels, the same kernels interpreted, or plain jnp through XLA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+IMPLEMENTATIONS = ("pallas", "interpret", "xla")
+GPU_PLATFORMS = ("cuda", "rocm")
+MIN_CAPABILITY = 8.0  # of CUDA devices
+
+
+class Kernels(Protocol):
+    """A computation on the kernels, for the target "cuda" or "rocm", or interpreted."""
+
+    def __call__(self, *args: Any, target: str, interpret: bool) -> Any: ...
+
+
+@functools.cache
+def _old_gpu() -> str | None:
+    """The first CUDA device that the kernels do not run on, if there is one."""
+    for device in jax.devices():
+        try:
+            capability = float(getattr(device, "compute_capability", MIN_CAPABILITY))
+        except ValueError:  # ROCm: "gfx942"
+            continue
+        if capability < MIN_CAPABILITY:
+            return f"{device.device_kind} (compute capability {capability})"
+    return None
+
+
+def check_implementation(implementation: str | None, *args: Any) -> None:
+    """Raises ValueError for a name that is not known, and for "pallas" on arrays that do not lie on a GPU."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation != "pallas":
+        return
+    if old := _old_gpu():
+        raise ValueError(f"implementation: 'pallas' needs compute capability {MIN_CAPABILITY} or more, got {old}")
+    for leaf in jax.tree.leaves(args):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if platforms := {d.platform for d in leaf.devices()} - {"gpu", *GPU_PLATFORMS}:
+                raise ValueError(f"implementation: 'pallas' needs arrays on a GPU, got one on {min(platforms)}")
+
+
+def run(implementation: str | None, kernels: Kernels, xla: Callable[..., Any], *args: Any) -> Any:
+    """Calls `kernels` or `xla` on args. None is settled when the computation is lowered, by the platform it is for."""
+    if implementation == "xla":
+        return xla(*args)
+    if implementation == "interpret":
+        return kernels(*args, target="cuda", interpret=True)
+    per_platform: dict[str, Callable[..., Any]] = {
+        platform: functools.partial(kernels, target=platform, interpret=False) for platform in GPU_PLATFORMS
+    }
+    if implementation is None:
+        if _old_gpu():
+            del per_platform["cuda"]
+        per_platform["default"] = xla
+    else:  # anywhere else Pallas says that it cannot
+        per_platform["default"] = functools.partial(kernels, target="cuda", interpret=False)
+    return jax.lax.platform_dependent(*args, **per_platform)

@@ -1,0 +1,168 @@
+"""Every operation in plain jnp, as the formulas read: what "xla" runs, and what tests and benchmarks compare with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.plan_dispatch import num_rows
+from kernels_pallas.route import Rule
+
+
+def scores(x: jax.Array, scoring_func: str) -> jax.Array:
+    """float32 scores of logits [T, E]."""
+    if scoring_func == "sigmoid":
+        return jax.nn.sigmoid(x)
+    if scoring_func == "softmax":
+        return jax.nn.softmax(x, axis=1)
+    return jnp.sqrt(jax.nn.softplus(x))
+
+
+def _ranking(values: jax.Array) -> jax.Array:
+    """Indices along the last axis from the largest value to the smallest; NaN last; a tie to the lower index."""
+    is_nan = jnp.isnan(values)
+    # Not NaN -> -inf: a NaN ranks below -inf. Nor argsort(-values): XLA would order -0.0 before 0.0.
+    order = jnp.argsort(jnp.where(is_nan | (values == 0), 0.0, -values), axis=-1, stable=True)
+    nan_last = jnp.argsort(jnp.take_along_axis(is_nan, order, axis=-1), axis=-1, stable=True)
+    return jnp.take_along_axis(order, nan_last, axis=-1)
+
+
+def _chosen(x: jax.Array, bias: jax.Array | None, rule: Rule) -> jax.Array:
+    """ids int32 [T, k] for float32 logits x [T, E]."""
+    num_tokens = x.shape[0]
+    score = scores(x, rule.scoring_func)
+    grouped = rule.n_group > rule.topk_group
+    if bias is not None:
+        choice = score + bias.astype(jnp.float32)
+    elif rule.scoring_func == "softmax" and not (grouped and rule.group_score == "top2"):
+        choice = jnp.where(jnp.isnan(score), score, x)  # the same order, without the ties that rounding makes
+    else:
+        choice = score
+    out_of_reach = jnp.zeros(choice.shape, bool)
+    if grouped:
+        size = rule.num_experts // rule.n_group
+        by_group = choice.reshape(num_tokens, rule.n_group, size)
+        best = jnp.take_along_axis(by_group, _ranking(by_group)[:, :, : 2 if rule.group_score == "top2" else 1], axis=2)
+        kept = _ranking(jnp.sum(best, axis=2))[:, : rule.topk_group]
+        is_kept = jnp.any(kept[:, :, None] == jnp.arange(rule.n_group), axis=1)
+        out_of_reach = ~jnp.repeat(is_kept, size, axis=1)
+    order = _ranking(choice)
+    reach_first = jnp.argsort(jnp.take_along_axis(out_of_reach, order, axis=1), axis=1, stable=True)
+    return jnp.take_along_axis(order, reach_first, axis=1)[:, : rule.top_k].astype(jnp.int32)
+
+
+def route_weights(x: jax.Array, ids: jax.Array, rule: Rule) -> jax.Array:
+    """float32 weights [T, k] of the chosen ids, differentiable in the float32 logits x [T, E].
+
+    Renormalised weights are ratios: dividing every score by the exponential part of the token's largest changes nothing
+    in exact arithmetic, and leaves nothing to underflow to 0/0.
+    """
+    z = jnp.take_along_axis(x, ids, axis=1)
+    if not rule.renormalize:
+        return rule.scale * jnp.take_along_axis(scores(x, rule.scoring_func), ids, axis=1)
+    if rule.scoring_func == "softmax":
+        whole = jnp.where(jnp.isnan(jax.nn.logsumexp(x, axis=1)) | jnp.any(x == jnp.inf, axis=1), jnp.nan, 0.0)
+        nothing = jnp.all(x == -jnp.inf, axis=1)
+        z = z + jax.lax.stop_gradient(jnp.where(nothing, jnp.nan, whole))[:, None]
+        return rule.scale * jax.nn.softmax(z, axis=1)
+    low = jnp.where(jnp.isnan(z), z, jnp.minimum(z, 0.0))
+    top = jax.lax.stop_gradient(jnp.max(low, axis=1, keepdims=True))
+    shift = jnp.where(low == top, 0.0, low - top) if not jnp.issubdtype(z.dtype, jnp.integer) else low
+    if rule.scoring_func == "sigmoid":
+        ratio = jnp.exp(shift) / (1.0 + jnp.exp(-jnp.abs(z)))
+    else:
+        u = jnp.exp(low)
+        softplus = jax.nn.softplus(z)
+        ratio = jnp.exp(0.5 * shift) * jnp.where(u == 0.0, 1.0, jnp.sqrt(softplus / jnp.where(u == 0.0, 1.0, u)))
+    return rule.scale * ratio / jnp.sum(ratio, axis=1, keepdims=True)
+
+
+def route(
+    logits: jax.Array, bias: jax.Array | None, num_valid_tokens: jax.Array | None, rule: Rule
+) -> tuple[jax.Array, jax.Array]:
+    """(weights float32 [T, S], experts int32 [T, S])."""
+    x = logits.astype(jnp.float32)
+    token = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    ids = _chosen(x, bias, rule)
+    weights = route_weights(x, ids, rule)
+    if rule.n_shared:
+        shared = rule.num_experts + jnp.arange(rule.n_shared, dtype=jnp.int32) * rule.replicas + token % rule.replicas
+        ids = jnp.concatenate([ids, shared], axis=1)
+        weights = jnp.concatenate([weights, jnp.full(shared.shape, rule.shared_weight, jnp.float32)], axis=1)
+    if num_valid_tokens is not None:
+        is_valid = token < num_valid_tokens
+        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+    return weights, ids
+
+
+def load(experts: jax.Array, num_ids: int) -> jax.Array:
+    """int32 [num_ids]: how often each id was chosen; -1 is not counted."""
+    return jnp.bincount(jnp.where(experts < 0, num_ids, experts).reshape(-1), length=num_ids + 1)[:-1].astype(jnp.int32)
+
+
+def router_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """float32 [T, E]."""
+    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        weight.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def plan_dispatch(
+    experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts])."""
+    num_items = experts.size
+    total = num_rows(num_items, num_experts, align)
+    ids = experts.reshape(-1)
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < expert_map.size)
+        ids = jnp.where(known, expert_map[jnp.clip(ids, 0, expert_map.size - 1)], -1)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    counts = jnp.bincount(ids, length=num_experts + 1).astype(jnp.int32)[:-1]
+    sizes = (counts + align - 1) // align * align
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    sorted_ids = ids[order]
+    first_sorted = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
+    row = first_row[sorted_ids] + jnp.arange(num_items, dtype=jnp.int32) - first_sorted[sorted_ids]
+    row = jnp.where(sorted_ids < num_experts, row, -1)
+    rows = jnp.zeros(num_items, jnp.int32).at[order].set(row)
+    slots = jnp.full(total, -1, jnp.int32).at[jnp.where(row < 0, total, row)].set(order, mode="drop")
+    return rows.reshape(experts.shape), slots, sizes
+
+
+def dispatch(x: jax.Array, rows: jax.Array, slots: jax.Array, scale: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+    """[M, H]."""
+    token = jnp.maximum(slots, 0) // rows.shape[1]
+    value = x[token]
+    if scale is not None:
+        value = value.astype(jnp.float32) * scale.reshape(-1)[jnp.maximum(slots, 0)][:, None].astype(jnp.float32)
+    return jnp.where((slots >= 0)[:, None], value, 0).astype(dtype or x.dtype)
+
+
+def combine(x: jax.Array, rows: jax.Array, weights: jax.Array | None, dtype: Any = None) -> jax.Array:
+    """[T, H]."""
+    total = jnp.zeros((rows.shape[0], x.shape[1]), jnp.float32)
+    for j in range(rows.shape[1]):
+        goes = (rows[:, j] >= 0)[:, None]
+        value = x[jnp.maximum(rows[:, j], 0)].astype(jnp.float32)
+        if weights is not None:
+            value = value * jnp.where(goes, weights[:, j : j + 1].astype(jnp.float32), 0.0)
+        total = total + jnp.where(goes, value, 0.0)
+    return total.astype(dtype or x.dtype)
+
+
+def combine_weight_grad(x: jax.Array, dy: jax.Array, rows: jax.Array) -> jax.Array:
+    """float32 [T, S]."""
+    dots = [
+        jnp.sum(x[jnp.maximum(rows[:, j], 0)].astype(jnp.float32) * dy.astype(jnp.float32), axis=1)
+        for j in range(rows.shape[1])
+    ]
+    return jnp.where(rows >= 0, jnp.stack(dots, axis=1), 0.0)

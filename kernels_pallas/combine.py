@@ -1,0 +1,130 @@
+"""Combine: every token's rows are gathered and summed, weighted, slot after slot; and the gradient of the weights."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+
+
+@dataclass(frozen=True)
+class Config:
+    columns: int  # of one program
+    num_warps: int
+
+
+def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
+    del num_tokens, target
+    columns = min(next_power_of_2(width), 2048 // jnp.dtype(dtype).itemsize)
+    return Config(columns=columns, num_warps=max(1, min(4, columns // 256)))
+
+
+def _combine_kernel(
+    *refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool
+) -> None:
+    x_ref, rows_ref, *rest = refs
+    weights_ref = rest[0] if has_weights else None
+    out_ref = rest[-1]
+    token = pl.program_id(0)
+    col = pl.program_id(1) * config.columns + iota((config.columns,), 0)
+    in_row = col < width
+    total = jnp.zeros((config.columns,), jnp.float32)
+    for slot in range(num_slots):
+        row = rows_ref[token, slot]
+        x = load(x_ref.at[jnp.maximum(row, 0), column + col], mask=in_row & (row >= 0), other=0.0).astype(jnp.float32)
+        if weights_ref is not None:  # a dropped pair adds nothing, whatever its weight
+            x = x * jnp.where(row >= 0, weights_ref[token, slot].astype(jnp.float32), 0.0)
+        total = total + x
+    store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=in_row)
+
+
+def combine(
+    x: jax.Array,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    *,
+    column: int = 0,
+    width: int | None = None,
+    out: jax.Array | None = None,
+    dtype: Any = None,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> jax.Array:
+    """[T, width]: the sum over slots j = 0, 1, ... of weights[t, j] * x[rows[t, j]], in float32, then in x's dtype.
+
+    x [M, at least column + width], of which the columns from `column` on are read; rows int32 [T, S], -1 = dropped;
+    weights [T, S] of any float dtype, None = ones. `out` [T, width]: the result takes over its buffer.
+    """
+    num_tokens, num_slots = rows.shape
+    width = x.shape[1] - column if width is None else width
+    dtype = dtype or x.dtype
+    config = config or config_for(num_tokens, width, x.dtype, target)
+    args = [x, rows, *([] if weights is None else [weights])]
+    kernel = functools.partial(
+        _combine_kernel, config=config, num_slots=num_slots, width=width, column=column, has_weights=weights is not None
+    )
+    return launch(
+        kernel,
+        *args,
+        *([] if out is None else [out]),
+        name="combine",
+        grid=(num_tokens, pl.cdiv(width, config.columns)),
+        out_shape=[jax.ShapeDtypeStruct((num_tokens, width), dtype)],
+        num_warps=config.num_warps,
+        aliases={} if out is None else {len(args): 0},
+        interpret=interpret,
+    )[0]
+
+
+def _dot_kernel(
+    x_ref: Any, dy_ref: Any, rows_ref: Any, out_ref: Any, *, config: Config, num_slots: int, width: int, column: int
+) -> None:
+    token = pl.program_id(0)
+
+    for slot in range(num_slots):
+        row = rows_ref[token, slot]
+
+        def step(i: jax.Array, total: jax.Array, row: jax.Array = row) -> jax.Array:
+            col = i * config.columns + iota((config.columns,), 0)
+            mask = (col < width) & (row >= 0)
+            x = load(x_ref.at[jnp.maximum(row, 0), column + col], mask=mask, other=0.0).astype(jnp.float32)
+            dy = load(dy_ref.at[token, col], mask=mask, other=0.0).astype(jnp.float32)
+            return total + x * dy
+
+        total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), step, jnp.zeros((config.columns,), jnp.float32))
+        out_ref[token, slot] = jnp.sum(total, axis=0)
+
+
+def combine_weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    rows: jax.Array,
+    *,
+    column: int = 0,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> jax.Array:
+    """float32 [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
+    num_tokens, num_slots = rows.shape
+    width = dy.shape[1]
+    config = config or config_for(num_tokens, width, x.dtype, target)
+    return launch(
+        functools.partial(_dot_kernel, config=config, num_slots=num_slots, width=width, column=column),
+        x,
+        dy,
+        rows,
+        name="combine_weight_grad",
+        grid=(num_tokens,),
+        out_shape=[jax.ShapeDtypeStruct((num_tokens, num_slots), jnp.float32)],
+        num_warps=config.num_warps,
+        interpret=interpret,
+    )[0]

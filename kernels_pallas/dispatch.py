@@ -1,0 +1,127 @@
+"""Dispatch: every token's row is read once and written to each of its places in expert order.
+
+Going by token reads x once from memory; going by row would read each token again for every expert it goes to. The rows
+that hold no token are cleared by further programs of the same launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+
+
+@dataclass(frozen=True)
+class Config:
+    columns: int  # of one program
+    clear_rows: int  # rows that one clearing program looks at
+    num_warps: int
+
+
+def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
+    del num_tokens, target
+    columns = min(next_power_of_2(width), 4096 // jnp.dtype(dtype).itemsize)
+    return Config(columns=columns, clear_rows=32, num_warps=max(1, min(4, columns // 256)))
+
+
+def _dispatch_kernel(
+    *refs: Any,
+    config: Config,
+    num_tokens: int,
+    num_slots: int,
+    num_rows: int,
+    width: int,
+    column: int,
+    has_scale: bool,
+    aliased: bool,
+) -> None:
+    x_ref, rows_ref, slots_ref, *rest = refs
+    scale_ref = rest[0] if has_scale else None
+    out_ref = rest[-1]
+    del aliased
+    token = pl.program_id(0)
+    col = pl.program_id(1) * config.columns + iota((config.columns,), 0)
+    in_row = col < width
+
+    @pl.when(token < num_tokens)
+    def _() -> None:
+        x = load(x_ref.at[token, column + col], mask=in_row)
+        for slot in range(num_slots):
+            row = rows_ref[token, slot]
+            value = x
+            if scale_ref is not None:
+                value = x.astype(jnp.float32) * scale_ref[token, slot].astype(jnp.float32)
+            store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=in_row & (row >= 0))
+
+    @pl.when(token >= num_tokens)
+    def _() -> None:
+        first = (token - num_tokens) * config.clear_rows
+        row = first + iota((config.clear_rows,), 0)
+        empty = load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
+
+        @pl.when(jnp.sum(empty.astype(jnp.int32), axis=0, dtype=jnp.int32) > 0)
+        def _() -> None:
+            def clear(i: jax.Array, _: None) -> None:
+                row = first + i
+                inside = row < num_rows
+                is_empty = slots_ref[jnp.where(inside, row, 0)] < 0
+                zero = jnp.zeros((config.columns,), out_ref.dtype)
+                store(out_ref.at[jnp.where(inside, row, 0), col], zero, mask=in_row & inside & is_empty)
+
+            jax.lax.fori_loop(0, config.clear_rows, clear, None)
+
+
+def dispatch(
+    x: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    column: int = 0,
+    width: int | None = None,
+    out: jax.Array | None = None,
+    dtype: Any = None,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> jax.Array:
+    """[M, width]: row rows[t, j] is x[t] (times scale[t, j]); rows that hold no token are zero.
+
+    x [T, at least column + width], of which the columns from `column` on are read; rows int32 [T, S]; slots int32 [M].
+    `out` [M, width]: the result takes over its buffer.
+    """
+    num_tokens, num_slots = rows.shape
+    width = x.shape[1] - column if width is None else width
+    dtype = dtype or x.dtype
+    config = config or config_for(num_tokens, width, dtype, target)
+    num_rows = slots.shape[0]
+    args = [x, rows, slots, *([] if scale is None else [scale])]
+    kernel = functools.partial(
+        _dispatch_kernel,
+        config=config,
+        num_tokens=num_tokens,
+        num_slots=num_slots,
+        num_rows=num_rows,
+        width=width,
+        column=column,
+        has_scale=scale is not None,
+        aliased=out is not None,
+    )
+    return launch(
+        kernel,
+        *args,
+        *([] if out is None else [out]),
+        name="dispatch",
+        grid=(num_tokens + pl.cdiv(num_rows, config.clear_rows), pl.cdiv(width, config.columns)),
+        out_shape=[jax.ShapeDtypeStruct((num_rows, width), dtype)],
+        num_warps=config.num_warps,
+        aliases={} if out is None else {len(args): 0},
+        interpret=interpret,
+    )[0]

@@ -1,0 +1,221 @@
+"""Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
+
+One program handles a few tokens. The choices of a token lie in a tile [groups, experts of a group] whose sides are
+padded to powers of two, as order-preserving int32 keys; what is padding, or lies in a group that was dropped, has the
+lowest key. The weights are computed from the chosen logits, loaded again by id: k of them instead of E.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.score import EXCLUDED, decode, encode, plus_zero, score, unscaled_weights
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is routed how; the meaning of each field is that of jaxmoe.RoutingConfig."""
+
+    num_experts: int
+    top_k: int
+    n_group: int
+    topk_group: int
+    scoring_func: str
+    group_score: str
+    renormalize: bool
+    scale: float  # of the routed weights
+    n_shared: int
+    replicas: int
+    shared_weight: float
+
+    @property
+    def num_slots(self) -> int:
+        return self.top_k + self.n_shared
+
+    @property
+    def num_ids(self) -> int:
+        return self.num_experts + self.n_shared * self.replicas
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # tokens a program
+    num_warps: int
+
+
+def config_for(num_tokens: int, rule: Rule, dtype: Any, target: str) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
+    del num_tokens, rule, dtype, target
+    return Config(rows=1, num_warps=1)
+
+
+def _pick(key: jax.Array, k: int, num_slots: int, size: int, padded_size: int) -> jax.Array:
+    """ids [R, num_slots] of the k largest keys [R, N] in falling order, a tie to the lower index; the rest 0."""
+    rows, n = key.shape
+    index, slot = iota((rows, n), 1), iota((rows, num_slots), 1)
+    ids = jnp.zeros((rows, num_slots), jnp.int32)
+    for j in range(k):
+        top = jnp.max(key, axis=1, keepdims=True)
+        at = jnp.min(jnp.where(key == top, index, n), axis=1, keepdims=True)
+        key = jnp.where(index == at, EXCLUDED, key)
+        ids = jnp.where(slot == j, at, ids)
+    if size != padded_size:  # position in the padded tile -> expert
+        ids = (ids // padded_size) * size + ids % padded_size
+    return ids
+
+
+def _keep_groups(key: jax.Array, rule: Rule) -> jax.Array:
+    """key [R, G, size] with every key outside the best `topk_group` groups excluded."""
+    rows, groups, size = key.shape
+    top = jnp.max(key, axis=2)
+    if rule.group_score == "top2" and rule.num_experts > rule.n_group:
+        at_top = key == top[:, :, None]
+        again = jnp.sum(at_top, axis=2, dtype=jnp.int32) > 1
+        second = jnp.where(again, top, jnp.max(jnp.where(at_top, EXCLUDED, key), axis=2))
+        # The sum of two numbers is a number or, inf - inf, NaN; a second choice that is NaN makes the sum NaN.
+        group = encode(plus_zero(decode(top) + decode(second)))
+    else:
+        group = top
+    g = iota((rows, groups), 1)
+    group = jnp.where(g < rule.n_group, group, EXCLUDED)
+    # How many groups beat each one, all at once: a chain of argmaxes would be topk_group reductions long.
+    mine, theirs = group[:, :, None], group[:, None, :]
+    beats = (theirs > mine) | ((theirs == mine) & (iota((1, groups, groups), 2) < iota((1, groups, groups), 1)))
+    kept = jnp.sum(beats, axis=2, dtype=jnp.int32) < rule.topk_group
+    return jnp.where(kept[:, :, None], key, EXCLUDED)
+
+
+def _route_kernel(
+    *refs: Any, rule: Rule, config: Config, num_tokens: int, column: int, has_bias: bool, has_valid: bool, aliased: int
+) -> None:
+    refs_in = iter(refs)
+    logits_ref = next(refs_in)
+    bias_ref = next(refs_in) if has_bias else None
+    valid_ref = next(refs_in) if has_valid else None
+    for _ in range(aliased):
+        next(refs_in)
+    weights_ref, experts_ref, *load_ref = refs_in
+
+    rows, k = config.rows, rule.top_k
+    grouped = rule.n_group > rule.topk_group
+    n_group = rule.n_group if grouped else 1
+    size = rule.num_experts // n_group
+    groups, padded = next_power_of_2(n_group), next_power_of_2(size)
+    softmax = rule.scoring_func == "softmax"
+    # Softmax keeps the order of the logits, so without a bias they are the choice: finer than scores in float32, which
+    # round different logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
+    by_logit = softmax and not has_bias and not (grouped and rule.group_score == "top2")
+
+    first = pl.program_id(0) * rows
+    tile = (rows, groups, padded)
+    row = first + iota(tile, 0)
+    expert = iota(tile, 1) * size + iota(tile, 2)
+    is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
+    x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
+
+    row_max = row_sum = jnp.zeros((rows, 1), jnp.float32)
+    p = x
+    if softmax and not (by_logit and rule.renormalize):
+        low = jnp.where(is_expert, x, -jnp.inf).reshape(rows, groups * padded)
+        row_max = jnp.max(low, axis=1, keepdims=True)
+        exp = jnp.where(is_expert.reshape(low.shape), jnp.exp(low - row_max), 0.0)
+        row_sum = jnp.sum(exp, axis=1, keepdims=True)
+        p = (exp / row_sum).reshape(tile)
+    if by_logit:
+        key = encode(plus_zero(x))
+        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
+        seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(rows, groups * padded)
+        most = jnp.max(seen, axis=1, keepdims=True)
+        row_sum = row_sum + jnp.where(jnp.abs(most) == jnp.inf, jnp.nan, 0.0)
+        key = jnp.where((row_sum != row_sum)[:, :, None], EXCLUDED + 1, key)
+    else:
+        choice = p if softmax else score(x, rule.scoring_func)
+        if bias_ref is not None:
+            choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
+        key = encode(choice)
+    key = jnp.where(is_expert, key, EXCLUDED)
+
+    if grouped:
+        key = _keep_groups(key, rule)
+    slots = next_power_of_2(rule.num_slots)
+    ids = _pick(key.reshape(rows, groups * padded), k, slots, size, padded)
+
+    row, slot = first + iota((rows, slots), 0), iota((rows, slots), 1)
+    in_buffer = row < num_tokens
+    chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
+    weights = rule.scale * unscaled_weights(
+        chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
+    )
+    if rule.n_shared:
+        shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
+        ids = jnp.where(slot < k, ids, shared)
+        weights = jnp.where(slot < k, weights, rule.shared_weight)
+    if valid_ref is not None:
+        is_valid = row < valid_ref[0]
+        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+    written = in_buffer & (slot < rule.num_slots)
+    store(weights_ref.at[row, slot], weights, mask=written)
+    store(experts_ref.at[row, slot], ids, mask=written)
+
+    if load_ref:  # cleared here for the launch that counts
+        ids_padded = next_power_of_2(rule.num_ids)
+        index = iota((ids_padded,), 0)
+        clear = (index < rule.num_ids) & (pl.program_id(0) == 0)
+        store(load_ref[0].at[index], jnp.zeros((ids_padded,), jnp.int32), mask=clear)
+
+
+def route(
+    logits: jax.Array,
+    bias: jax.Array | None,
+    num_valid_tokens: jax.Array | None,
+    *,
+    rule: Rule,
+    column: int = 0,
+    clear_load: bool = False,
+    out: tuple[jax.Array, ...] | None = None,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """(weights float32 [T, S], experts int32 [T, S]) and, with `clear_load`, a zeroed load int32 [num_ids].
+
+    logits [T, at least column + E]: the experts' logits are its columns from `column` on, so a strided view needs no
+    copy. num_valid_tokens: int32 [1] or None. `out`: arrays of the results' shapes, whose buffers the results take over.
+    """
+    num_tokens = logits.shape[0]
+    if config is None:
+        config = config_for(num_tokens, rule, logits.dtype, target)
+    args = [logits, *(a for a in (bias, num_valid_tokens) if a is not None)]
+    out = out or ()
+    shape = (num_tokens, rule.num_slots)
+    out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
+    if clear_load:
+        out_shape.append(jax.ShapeDtypeStruct((rule.num_ids,), jnp.int32))
+    kernel = functools.partial(
+        _route_kernel,
+        rule=rule,
+        config=config,
+        num_tokens=num_tokens,
+        column=column,
+        has_bias=bias is not None,
+        has_valid=num_valid_tokens is not None,
+        aliased=len(out),
+    )
+    return launch(
+        kernel,
+        *args,
+        *out,
+        name="route",
+        grid=(pl.cdiv(num_tokens, config.rows),),
+        out_shape=out_shape,
+        num_warps=config.num_warps,
+        aliases={len(args) + i: i for i in range(len(out))},
+        interpret=interpret,
+    )
