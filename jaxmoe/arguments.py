@@ -83,6 +83,7 @@ def check_array(name: str, value: Any, shape: Sequence[int | str], dtypes: Seque
 
 
 def check_at_least_one(name: str, value: Any, axis: int) -> None:
+    """Raises ValueError where `value` is empty along `axis`."""
     if value.shape[axis] < 1:
         raise ValueError(f"{name}: expected at least one element along axis {axis}, got {_describe(value)}")
 

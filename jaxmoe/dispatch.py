@@ -114,10 +114,6 @@ def _move(
         x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, *, target: str, interpret: bool
     ) -> jax.Array:
         array, column = base(x)
-        if slots.shape[0] == 0 or x.shape[1] == 0:
-            return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
-        if rows.shape[0] == 0:  # rows that hold no token are all there is
-            return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
         return dispatch_kernel(
             array,
             rows,
@@ -131,24 +127,20 @@ def _move(
             interpret=interpret,
         )
 
+    if 0 in (rows.shape[0], slots.shape[0], x.shape[1]):  # rows that hold no token, if any
+        return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
     return run(implementation, kernels, xla, x, rows, slots, scale, out)
 
 
-def _gather(
-    implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any
-) -> jax.Array:
+def _gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any) -> jax.Array:
     """combine, unweighted where `weights` is None: forward of combine, and the gradient of dispatch."""
 
     def xla(x: Rows, rows: jax.Array, weights: Any, out: Any) -> jax.Array:
         del out
-        if x.shape[0] == 0:
-            return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
         return reference.combine(dense(x), rows, weights, dtype)
 
     def kernels(x: Rows, rows: jax.Array, weights: Any, out: Any, *, target: str, interpret: bool) -> jax.Array:
         array, column = base(x)
-        if rows.shape[0] == 0 or x.shape[0] == 0 or x.shape[1] == 0:
-            return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
         return combine_kernels.combine(
             array,
             rows,
@@ -161,6 +153,8 @@ def _gather(
             interpret=interpret,
         )
 
+    if 0 in (rows.shape[0], *x.shape):
+        return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
     return run(implementation, kernels, xla, x, rows, weights, out)
 
 
@@ -191,6 +185,7 @@ _dispatch_jit = jax.jit(_dispatch, static_argnums=(0,), donate_argnums=(4,), kee
 
 
 def check_plan(plan: Any) -> None:
+    """Raises ValueError unless `plan` looks like a DispatchPlan."""
     if not isinstance(plan, tuple) or len(plan) != 3:
         raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
     check_array("plan.rows", plan[0], ("T", "S"), (jnp.int32,))
@@ -248,18 +243,17 @@ def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     x, rows, slots, weights = saved
 
     def xla(x: Rows, grad: jax.Array, rows: jax.Array) -> jax.Array:
-        if x.shape[0] == 0:
-            return jnp.zeros(rows.shape, jnp.float32)
         return reference.combine_weight_grad(dense(x), grad, rows)
 
     def kernels(x: Rows, grad: jax.Array, rows: jax.Array, *, target: str, interpret: bool) -> jax.Array:
         array, column = base(x)
-        if rows.shape[0] == 0 or x.shape[0] == 0 or x.shape[1] == 0:
-            return jnp.zeros(rows.shape, jnp.float32)
         return combine_kernels.combine_weight_grad(array, grad, rows, column=column, target=target, interpret=interpret)
 
     dx = like_rows(x, _move(implementation, grad, rows, slots, weights, None, x.dtype))
-    dweights = run(implementation, kernels, xla, x, grad, rows).astype(weights.dtype)
+    if 0 in (rows.shape[0], *x.shape):
+        dweights = jnp.zeros_like(weights)
+    else:
+        dweights = run(implementation, kernels, xla, x, grad, rows).astype(weights.dtype)
     return dx, _no_gradient(rows), _no_gradient(slots), dweights, None
 
 
@@ -285,7 +279,8 @@ def combine(
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
-      [T, H] in rows' dtype; summed over j = 0, 1, ..., S-1 in that order, in float32. Differentiable in rows and weights.
+      [T, H] in rows' dtype; summed over j = 0, 1, ..., S-1 in that order, in float32. Differentiable in rows and in
+      weights.
 
     Raises:
       ValueError: names the argument, what was expected and what came. Nothing has been written then.

@@ -80,6 +80,8 @@ def experts(
         raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
     check_implementation(implementation, rows)
     if implementation not in (None, "xla"):
-        raise ValueError(f"implementation: expected None or 'xla' (experts has no Pallas kernel), got {implementation!r}")
+        raise ValueError(
+            f"implementation: expected None or 'xla' (experts has no Pallas kernel), got {implementation!r}"
+        )
     arguments.check_one_device(rows=rows, gate_up=gate_up, down=down, group_sizes=group_sizes)
     return _experts(rows, gate_up, down, group_sizes, activation=activation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -13,10 +13,8 @@ GPU_PLATFORMS = ("cuda", "rocm")
 MIN_CAPABILITY = 8.0  # of CUDA devices
 
 
-class Kernels(Protocol):
-    """A computation on the kernels, for the target "cuda" or "rocm", or interpreted."""
-
-    def __call__(self, *args: Any, target: str, interpret: bool) -> Any: ...
+# A computation on the kernels: a function of arrays that takes `target` ("cuda" or "rocm") and `interpret` too.
+Kernels = Callable[..., Any]
 
 
 @functools.cache
@@ -30,6 +28,18 @@ def _old_gpu() -> str | None:
         if capability < MIN_CAPABILITY:
             return f"{device.device_kind} (compute capability {capability})"
     return None
+
+
+def default_implementation() -> tuple[str, str]:
+    """(what `implementation=None` means on jax's first device, and why)."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", *GPU_PLATFORMS):
+        return "xla", f"the Pallas kernels need a GPU, and {device} is none"
+    if old := _old_gpu():
+        return "xla", f"the Pallas kernels need compute capability {MIN_CAPABILITY}, got {old}"
+    if str(getattr(device, "compute_capability", "")).startswith("gfx"):
+        return "pallas", f"{device.device_kind} is a ROCm GPU; for ROCm the kernels have been compiled, not run by us"
+    return "pallas", f"{device.device_kind} is a CUDA GPU of compute capability {MIN_CAPABILITY} or more"
 
 
 def check_implementation(implementation: str | None, *args: Any) -> None:

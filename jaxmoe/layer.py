@@ -80,7 +80,9 @@ def moe(
     if params.bias is not None:
         check_array("params.bias", params.bias, (config.num_experts,))
     check_array("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
-    check_array("params.down", params.down, (config.num_expert_ids, params.gate_up.shape[2] // 2, x.shape[1]), (x.dtype,))
+    check_array(
+        "params.down", params.down, (config.num_expert_ids, params.gate_up.shape[2] // 2, x.shape[1]), (x.dtype,)
+    )
     arguments.check_one_device(x=x, params=params)
 
     logits = router_logits(x, params.router, implementation=implementation)

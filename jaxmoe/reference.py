@@ -69,7 +69,8 @@ def route_weights(x: jax.Array, ids: jax.Array, rule: Rule) -> jax.Array:
         return rule.scale * jax.nn.softmax(z, axis=1)
     low = jnp.where(jnp.isnan(z), z, jnp.minimum(z, 0.0))
     top = jax.lax.stop_gradient(jnp.max(low, axis=1, keepdims=True))
-    shift = jnp.where(low == top, 0.0, low - top) if not jnp.issubdtype(z.dtype, jnp.integer) else low
+    infinite = (low == top) & jnp.isinf(low)  # inf - inf would be NaN
+    shift = jnp.where(infinite, 0.0, low) - jnp.where(infinite, 0.0, top)
     if rule.scoring_func == "sigmoid":
         ratio = jnp.exp(shift) / (1.0 + jnp.exp(-jnp.abs(z)))
     else:
@@ -138,7 +139,9 @@ def plan_dispatch(
     return rows.reshape(experts.shape), slots, sizes
 
 
-def dispatch(x: jax.Array, rows: jax.Array, slots: jax.Array, scale: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+def dispatch(
+    x: jax.Array, rows: jax.Array, slots: jax.Array, scale: jax.Array | None = None, dtype: Any = None
+) -> jax.Array:
     """[M, H]."""
     token = jnp.maximum(slots, 0) // rows.shape[1]
     value = x[token]

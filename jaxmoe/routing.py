@@ -43,12 +43,22 @@ def _forward(
         weights, experts = reference.route(dense(logits), bias, valid, rule)
         return (weights, experts, reference.load(experts, rule.num_ids)) if return_load else (weights, experts)
 
-    def kernels(logits: Rows, bias: Any, valid: Any, out: Any, *, target: str, interpret: bool) -> tuple[jax.Array, ...]:
+    def kernels(
+        logits: Rows, bias: Any, valid: Any, out: Any, *, target: str, interpret: bool
+    ) -> tuple[jax.Array, ...]:
         array, column = base(logits)
         if array.shape[0] == 0:
             return xla(logits, bias, valid, out)
         results = route_kernel(
-            array, bias, valid, rule=rule, column=column, clear_load=return_load, out=out, target=target, interpret=interpret
+            array,
+            bias,
+            valid,
+            rule=rule,
+            column=column,
+            clear_load=return_load,
+            out=out,
+            target=target,
+            interpret=interpret,
         )
         return (*results[:2], count_load(results[1], results[2], interpret=interpret)) if return_load else results
 
@@ -290,5 +300,3 @@ def update_bias(bias: jax.Array, load: jax.Array, *, rate: float | jax.Array) ->
         raise ValueError(f"load: expected at least the {bias.shape[0]} routed experts of bias, got {load.shape[0]}")
     arguments.check_one_device(bias=bias, load=load)
     return _update_bias(bias, load, rate)
-
-

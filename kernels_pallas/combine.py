@@ -22,8 +22,8 @@ class Config:
 def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     del num_tokens, target
-    columns = min(next_power_of_2(width), 2048 // jnp.dtype(dtype).itemsize)
-    return Config(columns=columns, num_warps=max(1, min(4, columns // 256)))
+    # One warp, 16 bytes a lane: measured on an H100, ahead of wider tiles at every number of tokens.
+    return Config(columns=min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize), num_warps=1)
 
 
 def _combine_kernel(

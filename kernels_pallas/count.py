@@ -12,8 +12,10 @@ from jax.experimental import pallas as pl
 from kernels_pallas.launch import add_at, iota, launch, load, next_power_of_2
 
 
-def count_ids(ids_ref: Any, start: Any, steps: Any, block: int, num_items: int, first_id: Any, num_ids: int) -> jax.Array:
-    """int32 [num_ids]: how often first_id + i stands in ids_ref[start : start + steps * block], clipped to num_items."""
+def count_ids(
+    ids_ref: Any, start: Any, steps: Any, block: int, num_items: int, first_id: Any, num_ids: int
+) -> jax.Array:
+    """int32 [num_ids]: how often first_id + i is in ids_ref[start : start + steps * block], clipped to num_items."""
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
         item = start + i * block + iota((block, num_ids), 0)
@@ -25,12 +27,12 @@ def count_ids(ids_ref: Any, start: Any, steps: Any, block: int, num_items: int, 
 
 
 def _load_kernel(
-    experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids: int, steps: int, block: int, tile: int, interpret: bool
+    experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids: int, steps: int, block: int, tile: int
 ) -> None:
     first = pl.program_id(1) * tile
     counts = count_ids(experts_ref, pl.program_id(0) * (steps * block), steps, block, num_items, first, tile)
     index = first + iota((tile,), 0)
-    add_at(load_ref, index, counts, (index < num_ids) & (counts > 0), interpret)
+    add_at(load_ref, jnp.minimum(index, num_ids - 1), jnp.where(index < num_ids, counts, 0))
 
 
 def count_load(
@@ -40,9 +42,7 @@ def count_load(
     num_items, num_ids = experts.size, cleared.size
     tile = min(256, next_power_of_2(num_ids))
     steps = pl.cdiv(pl.cdiv(num_items, block), programs)
-    kernel = functools.partial(
-        _load_kernel, num_items=num_items, num_ids=num_ids, steps=steps, block=block, tile=tile, interpret=interpret
-    )
+    kernel = functools.partial(_load_kernel, num_items=num_items, num_ids=num_ids, steps=steps, block=block, tile=tile)
     return launch(
         kernel,
         experts.reshape(-1),

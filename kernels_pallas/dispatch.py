@@ -27,8 +27,8 @@ class Config:
 def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     del num_tokens, target
-    columns = min(next_power_of_2(width), 4096 // jnp.dtype(dtype).itemsize)
-    return Config(columns=columns, clear_rows=32, num_warps=max(1, min(4, columns // 256)))
+    columns = min(next_power_of_2(width), 2048 // jnp.dtype(dtype).itemsize)
+    return Config(columns=columns, clear_rows=64, num_warps=max(1, min(4, columns // 256)))
 
 
 def _dispatch_kernel(

@@ -43,12 +43,12 @@ def barrier(interpret: bool) -> None:
         plgpu.debug_barrier()
 
 
-def add_at(ref: Any, index: Any, value: jax.Array, mask: jax.Array, interpret: bool) -> None:
-    """Adds integers to ref[index] atomically: the sum does not depend on the order. The indices must be distinct."""
-    if interpret:  # its programs run one after another, and its atomics know no mask
-        store(ref.at[index], load(ref.at[index], mask=mask, other=0) + value, mask=mask)
-    else:
-        plgpu.atomic_add(ref, index, value, mask=mask)
+def add_at(ref: Any, index: Any, value: jax.Array) -> None:
+    """Adds integers to ref[index] atomically: the sum does not depend on the order. The indices must be in range.
+
+    Not plgpu.atomic_add, which takes a mask: in jax 0.10.2 it adds a tensor of integers as if they were floats.
+    """
+    jax.ref.addupdate(ref, (index,), value)
 
 
 def launch(

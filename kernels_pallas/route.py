@@ -1,8 +1,11 @@
 """Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
 
-One program handles a few tokens. The choices of a token lie in a tile [groups, experts of a group] whose sides are
-padded to powers of two, as order-preserving int32 keys; what is padding, or lies in a group that was dropped, has the
-lowest key. The weights are computed from the chosen logits, loaded again by id: k of them instead of E.
+One warp handles a token. Its choices lie in a tile [1, groups, experts of a group] whose sides are padded to powers of
+two, as order-preserving int32 keys; what is padding, or lies in a group that was dropped, has the lowest key. The
+weights are computed from the chosen logits, loaded again by id: k of them instead of E.
+
+A program with several tokens takes them one by one (the compiler interleaves them). A tile of several rows would be the
+same to write, but torch's triton 3.6 miscompiles its reshape from [rows, groups, size] to [rows, experts].
 """
 
 from __future__ import annotations
@@ -46,14 +49,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Config:
-    rows: int  # tokens a program
+    tokens: int  # of one program
     num_warps: int
 
 
 def config_for(num_tokens: int, rule: Rule, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     del num_tokens, rule, dtype, target
-    return Config(rows=1, num_warps=1)
+    return Config(tokens=1, num_warps=1)
 
 
 def _pick(key: jax.Array, k: int, num_slots: int, size: int, padded_size: int) -> jax.Array:
@@ -103,7 +106,7 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    rows, k = config.rows, rule.top_k
+    k = rule.top_k
     grouped = rule.n_group > rule.topk_group
     n_group = rule.n_group if grouped else 1
     size = rule.num_experts // n_group
@@ -113,56 +116,59 @@ def _route_kernel(
     # round different logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
     by_logit = softmax and not has_bias and not (grouped and rule.group_score == "top2")
 
-    first = pl.program_id(0) * rows
-    tile = (rows, groups, padded)
-    row = first + iota(tile, 0)
+    tile = (1, groups, padded)
     expert = iota(tile, 1) * size + iota(tile, 2)
     is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
-    x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
 
-    row_max = row_sum = jnp.zeros((rows, 1), jnp.float32)
-    p = x
-    if softmax and not (by_logit and rule.renormalize):
-        low = jnp.where(is_expert, x, -jnp.inf).reshape(rows, groups * padded)
-        row_max = jnp.max(low, axis=1, keepdims=True)
-        exp = jnp.where(is_expert.reshape(low.shape), jnp.exp(low - row_max), 0.0)
-        row_sum = jnp.sum(exp, axis=1, keepdims=True)
-        p = (exp / row_sum).reshape(tile)
-    if by_logit:
-        key = encode(plus_zero(x))
-        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
-        seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(rows, groups * padded)
-        most = jnp.max(seen, axis=1, keepdims=True)
-        row_sum = row_sum + jnp.where(jnp.abs(most) == jnp.inf, jnp.nan, 0.0)
-        key = jnp.where((row_sum != row_sum)[:, :, None], EXCLUDED + 1, key)
-    else:
-        choice = p if softmax else score(x, rule.scoring_func)
-        if bias_ref is not None:
-            choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
-        key = encode(choice)
-    key = jnp.where(is_expert, key, EXCLUDED)
+    def route_token(row: jax.Array) -> None:
+        x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
 
-    if grouped:
-        key = _keep_groups(key, rule)
-    slots = next_power_of_2(rule.num_slots)
-    ids = _pick(key.reshape(rows, groups * padded), k, slots, size, padded)
+        row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
+        p = x
+        if softmax and not (by_logit and rule.renormalize):
+            low = jnp.where(is_expert, x, -jnp.inf).reshape(1, groups * padded)
+            row_max = jnp.max(low, axis=1, keepdims=True)
+            exp = jnp.where(is_expert.reshape(low.shape), jnp.exp(low - row_max), 0.0)
+            row_sum = jnp.sum(exp, axis=1, keepdims=True)
+            p = (exp / row_sum).reshape(tile)
+        if by_logit:
+            key = encode(plus_zero(x))
+            # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
+            seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(1, groups * padded)
+            most = jnp.max(seen, axis=1, keepdims=True)
+            row_sum = row_sum + jnp.where(jnp.abs(most) == jnp.inf, jnp.nan, 0.0)
+            key = jnp.where((row_sum != row_sum)[:, :, None], EXCLUDED + 1, key)
+        else:
+            choice = p if softmax else score(x, rule.scoring_func)
+            if bias_ref is not None:
+                choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
+            key = encode(choice)
+        key = jnp.where(is_expert, key, EXCLUDED)
 
-    row, slot = first + iota((rows, slots), 0), iota((rows, slots), 1)
-    in_buffer = row < num_tokens
-    chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
-    weights = rule.scale * unscaled_weights(
-        chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
-    )
-    if rule.n_shared:
-        shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
-        ids = jnp.where(slot < k, ids, shared)
-        weights = jnp.where(slot < k, weights, rule.shared_weight)
-    if valid_ref is not None:
-        is_valid = row < valid_ref[0]
-        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
-    written = in_buffer & (slot < rule.num_slots)
-    store(weights_ref.at[row, slot], weights, mask=written)
-    store(experts_ref.at[row, slot], ids, mask=written)
+        if grouped:
+            key = _keep_groups(key, rule)
+        slots = next_power_of_2(rule.num_slots)
+        ids = _pick(key.reshape(1, groups * padded), k, slots, size, padded)
+
+        slot = iota((1, slots), 1)
+        in_buffer = row < num_tokens
+        chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
+        weights = rule.scale * unscaled_weights(
+            chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
+        )
+        if rule.n_shared:
+            shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
+            ids = jnp.where(slot < k, ids, shared)
+            weights = jnp.where(slot < k, weights, rule.shared_weight)
+        if valid_ref is not None:
+            is_valid = row < valid_ref[0]
+            ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+        written = in_buffer & (slot < rule.num_slots)
+        store(weights_ref.at[row, slot], weights, mask=written)
+        store(experts_ref.at[row, slot], ids, mask=written)
+
+    for i in range(config.tokens):
+        route_token(pl.program_id(0) * config.tokens + i)
 
     if load_ref:  # cleared here for the launch that counts
         ids_padded = next_power_of_2(rule.num_ids)
@@ -213,7 +219,7 @@ def route(
         *args,
         *out,
         name="route",
-        grid=(pl.cdiv(num_tokens, config.rows),),
+        grid=(pl.cdiv(num_tokens, config.tokens),),
         out_shape=out_shape,
         num_warps=config.num_warps,
         aliases={len(args) + i: i for i in range(len(out))},

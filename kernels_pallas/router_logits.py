@@ -31,7 +31,15 @@ def config_for(num_tokens: int, num_experts: int, width: int, exact: bool, targe
 
 
 def _kernel(
-    x_ref: Any, weight_ref: Any, out_ref: Any, *, config: Config, num_tokens: int, num_experts: int, width: int, column: int
+    x_ref: Any,
+    weight_ref: Any,
+    out_ref: Any,
+    *,
+    config: Config,
+    num_tokens: int,
+    num_experts: int,
+    width: int,
+    column: int,
 ) -> None:
     m, n, k = config.tokens, config.experts, config.depth
     token = pl.program_id(0) * m + iota((m, k), 0)

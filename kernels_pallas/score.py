@@ -31,7 +31,7 @@ def plus_zero(x: jax.Array) -> jax.Array:
 
 
 def log1p_exp(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)) without overflow, to a few units in the last place, from exp and log alone (no libdevice)."""
+    """log(1 + exp(x)) without overflow, to a few units in the last place, from exp and log alone."""
     u = jnp.exp(-jnp.abs(x))
     w = 1.0 + u
     # Kahan: the rounding of 1 + u cancels in u / (w - 1).
@@ -40,24 +40,11 @@ def log1p_exp(x: jax.Array) -> jax.Array:
 
 
 def score(x: jax.Array, scoring_func: str) -> jax.Array:
-    """sigmoid or sqrtsoftplus, elementwise. (softmax needs the whole row: see the kernel.)"""
+    """sigmoid or sqrtsoftplus, elementwise; softmax needs the whole row (see the kernel)."""
     if scoring_func == "sigmoid":
         return 1.0 / (1.0 + jnp.exp(-x))
     assert scoring_func == "sqrtsoftplus", scoring_func
     return jnp.sqrt(log1p_exp(x))
-
-
-def exp_accurate(x: jax.Array) -> jax.Array:
-    """exp(x) for x <= 0 to about 2 units in the last place.
-
-    The GPU's exp is 2**(x * log2(e)) with one rounding of the product: an error of |x| units. Here the whole part goes
-    into the exponent and only the rest is raised. For the few chosen experts, not for all E.
-    """
-    n = jnp.floor(jnp.maximum(x, -150.0) * 1.4426950408889634 + 0.5)
-    rest = (x - n * 0.693359375) - n * -2.12194440e-4  # Cody and Waite: n * 0.693359375 is exact
-    half = jnp.floor(n * 0.5)  # in two factors: 2**n itself may lie below the smallest normal number
-    power = lambda m: jax.lax.bitcast_convert_type(((m + 127.0).astype(jnp.int32)) << 23, jnp.float32)
-    return jnp.where(x < -120.0, 0.0, jnp.exp(rest) * power(half) * power(n - half))
 
 
 def unscaled_weights(
@@ -77,13 +64,13 @@ def unscaled_weights(
         top = row_max if softmax else jnp.zeros_like(row_max)
     shift = jnp.where(exponent == top, 0.0, exponent - top)  # the test spares inf - inf
     if softmax:
-        ratio = exp_accurate(shift)
+        ratio = jnp.exp(shift)
         ratio = ratio + 0.0 * row_sum if renormalize else ratio / row_sum  # NaN is softmax's for the whole row
     elif scoring_func == "sigmoid":  # exp(min(x, 0)) / (1 + exp(-|x|))
-        ratio = exp_accurate(shift) / (1.0 + jnp.exp(-jnp.abs(x)))
+        ratio = jnp.exp(shift) / (1.0 + jnp.exp(-jnp.abs(x)))
     else:  # sqrt(log(1 + exp(x))) = exp(min(x, 0) / 2) * sqrt(log(1 + exp(x)) / exp(min(x, 0)))
         u = jnp.exp(exponent)
         tail = jnp.sqrt(log1p_exp(x) / jnp.where(u > 0.0, u, 1.0))
-        ratio = exp_accurate(0.5 * shift) * jnp.where(u == 0.0, 1.0, tail)
+        ratio = jnp.exp(0.5 * shift) * jnp.where(u == 0.0, 1.0, tail)
     ratio = jnp.where(valid, ratio, 0.0)
     return ratio / jnp.sum(ratio, axis=1, keepdims=True) if renormalize else ratio

@@ -4,13 +4,16 @@
     report(compile_kernel(kernels[0], "sm_90"))      # bytes, registers, spills, shared memory
 
 Lowering asks jax for a device of that kind (an abstract one); compiling is the work of the `triton` package, which
-carries the compilers of both vendors. Private names of jax stand in this file and nowhere else: the decoder of Triton
-IR and the name of Pallas' custom call. Tried with jax 0.10.2, 0.11.2 and 0.12.0.1, triton 3.6, 3.7.1 and 3.9.0.
+carries the compilers of both vendors. Private names of jax stand in this file and nowhere else: the Triton dialect that
+decodes Pallas' bytecode and, before jax 0.11.1, the name of Pallas' custom call. Tried with jax 0.10.2, 0.11.2 and
+0.12.0.1, triton 3.6, 3.7.1 and 3.9.0.
 """
 
 from __future__ import annotations
 
 import re
+import struct
+import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import triton as plgpu
+from jax.extend.mlir import ir
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,17 @@ class Target:
     device_kind: str  # what jax calls the device
     arch: int | str  # what triton calls it
     warp_size: int
+    shared_bytes: int  # the most that one program can have
 
 
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", "NVIDIA A100-SXM4-80GB", 80, 32),
-        Target("sm_90", "cuda", "NVIDIA H100 80GB HBM3", 90, 32),
-        Target("sm_100", "cuda", "NVIDIA B200", 100, 32),
-        Target("gfx942", "rocm", "gfx942", "gfx942", 64),
-        Target("gfx950", "rocm", "gfx950", "gfx950", 64),
+        Target("sm_80", "cuda", "NVIDIA A100-SXM4-80GB", 80, 32, 163 * 1024),
+        Target("sm_90", "cuda", "NVIDIA H100 80GB HBM3", 90, 32, 227 * 1024),
+        Target("sm_100", "cuda", "NVIDIA B200", 100, 32, 227 * 1024),
+        Target("gfx942", "rocm", "gfx942", "gfx942", 64, 64 * 1024),
+        Target("gfx950", "rocm", "gfx950", "gfx950", 64, 160 * 1024),
     )
 }
 
@@ -57,7 +62,12 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel takes. On ROCm `registers` are vector registers."""
+    """What a compiled kernel takes.
+
+    `registers` are those of a thread (vector registers on ROCm). `spills` says what did not fit into them: on CUDA the
+    bytes of a thread's stack frame, which holds nothing else as Triton declares no local arrays; on ROCm the number of
+    registers. Both are 0 exactly where nothing was spilled.
+    """
 
     machine_code_bytes: int
     registers: int
@@ -70,12 +80,11 @@ def _custom_call_target() -> str:
 
 
 def _decode(bytecode: bytes) -> str:
-    from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
     with ir.Context() as context:
         dialect.register_dialect(context)
-        return ir.Module.parse(bytecode).operation.get_asm(assume_verified=True)
+        return str(ir.Module.parse(bytecode).operation.get_asm(assume_verified=True))
 
 
 def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
@@ -88,9 +97,8 @@ def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
     found: list[Lowered] = []
 
     def visit(op: Any) -> Any:
-        from jaxlib.mlir import ir
-
-        if op.name == "stablehlo.custom_call" and ir.StringAttr(op.attributes["call_target_name"]).value == _custom_call_target():
+        is_call = op.name == "stablehlo.custom_call"
+        if is_call and ir.StringAttr(op.attributes["call_target_name"]).value == _custom_call_target():
             config = ir.DictAttr(op.attributes["mhlo.backend_config"])
             number = lambda key: ir.IntegerAttr(config[key]).value
             found.append(
@@ -108,19 +116,28 @@ def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
     return found
 
 
-def compile_kernel(kernel: Lowered, target: str) -> Any:
-    """Compiles for `target` with the installed triton, GPU or not; returns triton's compiled kernel."""
+def compile_kernel(kernel: Lowered, target: str, **options: Any) -> Any:
+    """Compiles for `target` with the installed triton, GPU or not; returns triton's compiled kernel.
+
+    `options` are further ones of triton's. Raises RuntimeError where the kernel needs more shared memory than the
+    target has, which no compiler notices before the launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     t = TARGETS[target]
     gpu = GPUTarget("cuda" if t.platform == "cuda" else "hip", t.arch, t.warp_size)
+    # Multiplications and additions are fused: triton's default up to 3.9, said aloud because 3.10 turns it around.
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True, **options}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kernel.name}.ttir"
         path.write_text(kernel.ttir)
-        return triton.compile(
-            str(path), target=gpu, options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        compiled = triton.compile(str(path), target=gpu, options=options)
+    if compiled.metadata.shared > t.shared_bytes:
+        raise RuntimeError(
+            f"{kernel.name} needs {compiled.metadata.shared} bytes of shared memory, {target} has {t.shared_bytes}"
         )
+    return compiled
 
 
 def report(compiled: Any) -> Report:
@@ -130,26 +147,35 @@ def report(compiled: Any) -> Report:
         code = compiled.asm["cubin"]
         registers, spills = _cubin_resources(code)
     else:
-        code = compiled.asm["hsaco"]
-        text = compiled.asm["amdgcn"]
-        number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
-        registers, spills = number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
-    return Report(len(code), registers, spills, shared)
+        code, text = compiled.asm["hsaco"], compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", text)
+        spills = sum(_number(rf"\.{kind}_spill_count:\s*(\d+)", text) for kind in ("vgpr", "sgpr"))
+    return Report(_code_bytes(code), registers, spills, shared)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern!r}: {text[:2000]!r}")
+    return int(found[1])
+
+
+def _code_bytes(elf: bytes) -> int:
+    """The size of the sections that hold instructions, in a 64-bit little-endian ELF file (a cubin or a hsaco)."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count = struct.unpack_from("<HH", elf, 58)
+    sections = (struct.unpack_from("<8xQ16xQ", elf, table + i * size) for i in range(count))
+    executable = 4
+    return sum(length for flags, length in sections if flags & executable)
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a cubin's kernel, as `cuobjdump -res-usage` prints them."""
-    import subprocess
-
+    """(registers, bytes of stack frame) of a cubin's kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+).*?STACK:(\d+)", done.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {done.stdout!r}")
-    return int(found[1]), int(found[2])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)

@@ -1,0 +1,43 @@
+"""jaxmoe on PyTorch tensors, on CPU and GPU, without copies: the names and meanings of jaxmoe, through DLPack.
+
+Tensors go to JAX's runtime as views of torch's own memory and results come back as views of JAX's; what cannot be
+viewed is refused, never copied or cast. On a GPU the hand-over is ordered by torch's current stream, as if torch had
+launched the work there: a call sees what that stream held before it, and what follows on the stream sees the call's
+results. Gradients flow through torch's autograd.
+
+A call costs about 0.9 ms of host time on a GPU machine and cannot be captured in a CUDA graph.
+
+Example:
+  >>> import torch, bridge
+  >>> config = bridge.RoutingConfig(num_experts=4, top_k=2, scoring_func="softmax")
+  >>> routing = bridge.route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), config=config)
+  >>> plan = bridge.plan_dispatch(routing.experts, config.num_expert_ids)
+  >>> x = torch.tensor([[3.0, 5.0]])
+  >>> bridge.combine(bridge.dispatch(x, plan), plan, routing.weights)
+  tensor([[3., 5.]])
+"""
+
+from bridge.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
+from bridge.experts import experts
+from bridge.layer import MoEParams, moe
+from bridge.routing import Routing, route, router_logits, update_bias
+from bridge.views import to_jax, to_torch
+from jaxmoe import RoutingConfig, presets
+
+__all__ = [
+    "DispatchPlan",
+    "MoEParams",
+    "Routing",
+    "RoutingConfig",
+    "combine",
+    "dispatch",
+    "experts",
+    "moe",
+    "plan_dispatch",
+    "presets",
+    "route",
+    "router_logits",
+    "to_jax",
+    "to_torch",
+    "update_bias",
+]

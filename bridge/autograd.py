@@ -1,0 +1,130 @@
+"""Gradients: torch's autograd over the derivatives that jaxmoe's functions have.
+
+JAX sets up and compiles a derivative once for each function, options and shapes. What the backward pass needs of a
+call's inputs and results is saved as torch saves tensors: the memory is shared, and torch notices where one is written
+to in between. Only what else it needs is kept in JAX. Gradients are views too, with one exception: autograd may hand
+over a gradient that is no dense array, as the expanded scalar that `sum` leaves, and that is made dense.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch.autograd.function import once_differentiable
+
+from bridge.views import export_array, import_leaf, import_tensor, is_aligned
+from jaxmoe.arguments import base, dense
+
+Compiled = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Known:
+    """Stands in a pytree for a value that is at hand elsewhere, by its index there."""
+
+    index: int
+
+
+def _is_known(value: Any) -> bool:
+    return isinstance(value, Known)
+
+
+def _fill(tree: Any, values: Any) -> Any:
+    return jax.tree.map(lambda v: values[v.index] if _is_known(v) else v, tree, is_leaf=_is_known)
+
+
+@functools.cache
+def _compile(
+    function: Callable[..., Any], structure: Any, options: frozenset[Any], wanted: tuple[int, ...]
+) -> Compiled:
+    """The function, and its derivative with respect to the leaves `wanted`.
+
+    Returns:
+      forward(leaves) -> (results, what the derivative needs); backward(that, values it knows, gradients) -> gradients.
+    """
+
+    def forward(leaves: list[Any]) -> tuple[Any, Any]:
+        def run(*chosen: Any) -> tuple[list[jax.Array], Any]:
+            full = dict(enumerate(leaves)) | dict(zip(wanted, chosen, strict=True))
+            results, results_structure = jax.tree.flatten(
+                function(**jax.tree.unflatten(structure, full.values()), **dict(options))
+            )
+            floats = [i for i, leaf in enumerate(results) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            rest = [Known(floats.index(i)) if i in floats else leaf for i, leaf in enumerate(results)]
+            return [results[i] for i in floats], jax.tree.unflatten(results_structure, rest)
+
+        floats, pull, rest = jax.vjp(run, *(leaves[i] for i in wanted), has_aux=True)
+        results = _fill(rest, floats)
+        known = [base(leaf)[0] for leaf in [*leaves, *jax.tree.leaves(results)]]
+        # What a compiled function returns is a buffer of its own: an input among it would be copied.
+        known_as = {id(leaf): Known(i) for i, leaf in enumerate(known) if leaf.ndim}
+        return results, jax.tree.map(lambda value: known_as.get(id(value), value), pull)
+
+    def backward(pull: Any, known: dict[int, Any], gradients: list[jax.Array]) -> list[jax.Array]:
+        pull = _fill(pull, {i: base(leaf)[0] for i, leaf in known.items()})
+        return [dense(gradient) for gradient in pull(gradients)]
+
+    return jax.jit(forward), jax.jit(backward)
+
+
+def run(
+    function: Callable[..., Any],
+    structure: Any,
+    options: dict[str, Any],
+    named: list[tuple[str, Any]],
+    strided: Sequence[str],
+    wanted: tuple[int, ...],
+) -> Any:
+    """The function on views of the named leaves, with a gradient to those that are `wanted`."""
+    for name, value in options.items():
+        if value.__hash__ is None:
+            raise ValueError(f"{name}: expected a hashable value, got {type(value).__name__}")
+    compiled = _compile(function, structure, frozenset(options.items()), wanted)
+    how = [(name, name in strided) for name, _ in named]
+    # Autograd must not count on a gradient of what gets none.
+    spared = lambda i, leaf: isinstance(leaf, torch.Tensor) and i not in wanted
+    leaves = [leaf.detach() if spared(i, leaf) else leaf for i, (_, leaf) in enumerate(named)]
+    results_structure, *results = _Function.apply(compiled, how, wanted, *leaves)
+    return jax.tree.unflatten(results_structure, results)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, compiled: Compiled, how: list[tuple[str, bool]], wanted: tuple[int, ...], *leaves: Any
+    ) -> tuple[Any, ...]:
+        forward, ctx.backward_of = compiled
+        arrays = [import_leaf(name, leaf, strided) for (name, strided), leaf in zip(how, leaves, strict=True)]
+        answer, ctx.pull = forward(arrays)
+        answer, structure = jax.tree.flatten(answer)
+        results = [export_array(array) for array in answer]
+        known = dict(enumerate([*leaves, *results]))
+        used = [value.index for value in jax.tree.leaves(ctx.pull, is_leaf=_is_known) if _is_known(value)]
+        ctx.used = list(dict.fromkeys(used))
+        ctx.save_for_backward(*(known[i] for i in ctx.used))
+        ctx.how = how + [("result", False)] * len(results)
+        ctx.wanted, ctx.num_leaves = wanted, len(leaves)
+        ctx.floats = [i for i, result in enumerate(results) if result.is_floating_point()]
+        return structure, *results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = zip(ctx.used, ctx.saved_tensors, strict=True)
+        known = {i: import_leaf(ctx.how[i][0], tensor, ctx.how[i][1]) for i, tensor in saved}
+        arrays = [import_tensor("gradient", _dense(gradients[i])) for i in ctx.floats]
+        results = dict(zip(ctx.wanted, map(export_array, ctx.backward_of(ctx.pull, known, arrays)), strict=True))
+        return None, None, None, *(results.get(i) for i in range(ctx.num_leaves))
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.is_contiguous() and is_aligned(gradient):
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,135 @@
+"""jaxmoe.routing on tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import jaxmoe
+from bridge.call import call
+from jaxmoe import RoutingConfig
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+      weights: float32 [T, S], S = top_k + n_shared_experts.
+      experts: int32 [T, S], -1 for a token that is not valid.
+      load: int32 [num_expert_ids], how many valid (token, slot) pairs chose each id; None where it was not asked for.
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+    load: torch.Tensor | None
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    config: RoutingConfig,
+    num_valid_tokens: int | torch.Tensor | None = None,
+    return_load: bool = True,
+    out: Routing | tuple[Any, ...] | None = None,
+    implementation: str | None = None,
+) -> Routing:
+    """Routes tokens to experts: `jaxmoe.route` on tensors.
+
+    Args:
+      logits: [T, E] bfloat16, float16 or float32; rows may be strided. T may be 0.
+      bias: [E] of any of these dtypes, read as it is; None for none. It gets no gradient.
+      config: what to do; `RoutingConfig` or one of `bridge.presets`.
+      num_valid_tokens: tokens at or past this index get ids -1, weights 0, and are not counted. An int, or an int32
+        tensor without axes on the device. None: all are valid.
+      return_load: False leaves `load` out (None).
+      out: (weights, experts, load) to write into; the same tensors are returned. On the CPU that is a copy.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      Routing(weights float32 [T, S], experts int32 [T, S], load int32 [num_expert_ids]). The weights have a gradient
+      with respect to the logits.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2; `jaxmoe.route` says what is computed.
+
+    Example:
+      >>> import torch, bridge
+      >>> config = bridge.RoutingConfig(num_experts=4, top_k=2, scoring_func="softmax")
+      >>> out = bridge.Routing(torch.empty(1, 2), torch.empty(1, 2, dtype=torch.int32), None)
+      >>> routing = bridge.route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), config=config, return_load=False, out=out)
+      >>> routing.experts is out.experts, out.experts.tolist(), out.weights.tolist()
+      (True, [[1, 3]], [[0.5, 0.5]])
+    """
+    arguments = {"logits": logits, "bias": bias, "num_valid_tokens": count(num_valid_tokens, "logits", logits)}
+    options = {"config": config, "return_load": return_load, "implementation": implementation}
+    if isinstance(out, tuple) and len(out) == len(Routing._fields):
+        out = jaxmoe.Routing(*out)  # so that messages name its fields
+    return Routing(*call(jaxmoe.route, arguments, options, strided=("logits",), no_gradient=("bias",), out=out))
+
+
+def count(value: Any, name: str, tokens: Any) -> Any:
+    """num_valid_tokens, an int as an int32 scalar: one compiled gradient then serves every value."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2:
+        got = f"{tokens.ndim} axes" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {got}")
+    if not 0 <= value <= tokens.shape[0]:
+        raise ValueError(f"num_valid_tokens: expected 0 to T={tokens.shape[0]}, got {value}")
+    return np.int32(value)
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor, *, implementation: str | None = None) -> torch.Tensor:
+    """The router's matrix product, x @ weight.T, in float32: `jaxmoe.router_logits` on tensors.
+
+    Args:
+      x: [T, H] bfloat16, float16 or float32; rows may be strided. T may be 0.
+      weight: [E, H] bfloat16, float16 or float32, whatever x's dtype.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      float32 [T, E]. Differentiable in both.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: the gate of DeepSeek-V3's published inference code (arXiv:2412.19437), kept in float32.
+
+    Example:
+      >>> import torch, bridge
+      >>> bridge.router_logits(torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[1.0, 2.0], [0.5, 0.0]]))
+      tensor([[3.0000, 0.5000]])
+    """
+    arguments = {"x": x, "weight": weight}
+    return call(jaxmoe.router_logits, arguments, {"implementation": implementation}, strided=("x",))
+
+
+def update_bias(bias: torch.Tensor, load: torch.Tensor, *, rate: float) -> torch.Tensor:
+    """The auxiliary-loss-free balancing step: `jaxmoe.update_bias` on tensors.
+
+    Args:
+      bias: [E] bfloat16, float16 or float32; float32 holds small steps best.
+      load: int32 [at least E], as `route` returns it.
+      rate: the size of a step; DeepSeek-V3 trained with 0.001.
+
+    Returns:
+      bias + rate * sign(mean(load) - load) over the first E, in bias's dtype: a new tensor, without a gradient.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+
+    Example:
+      >>> import torch, bridge
+      >>> bridge.update_bias(torch.zeros(3), torch.tensor([4, 1, 1], dtype=torch.int32), rate=0.5)
+      tensor([-0.5000,  0.5000,  0.5000])
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise ValueError(f"rate: expected a number, got {type(rate).__name__}")
+    return call(jaxmoe.update_bias, {"bias": bias, "load": load}, {"rate": rate}, no_gradient=("bias",))

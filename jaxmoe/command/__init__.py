@@ -1,0 +1,1 @@
+"""The sub-commands of `python -m jaxmoe` that need nothing but jax."""

@@ -1,0 +1,49 @@
+"""`python -m jaxmoe info`: what is here, and what would run."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+
+import jax
+
+import jaxmoe
+from jaxmoe.implementation import default_implementation
+
+PACKAGES = ("jax", "jaxlib", "numpy", "triton", "torch", "transformers")  # read, not imported
+WITH_KERNELS = ("router_logits", "route", "plan_dispatch", "dispatch", "combine")
+WITHOUT = {
+    "experts": "no Pallas kernel yet: jax.lax.ragged_dot on every device",
+    "update_bias": "a few elementwise operations: left to XLA",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints versions, devices, and the implementation of each function with the reason."""
+    about = "Devices, versions, and which implementation each function would use on this machine, and why."
+    argparse.ArgumentParser(prog="python -m jaxmoe info", description=about).parse_args(argv)
+
+    versions = {"jaxmoe": jaxmoe.__version__, "python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
+    print("versions")
+    for name, version in versions.items():
+        print(f"  {name:15}{version}")
+    print("devices")
+    for device in jax.devices():
+        print(f"  {device!s:15}{device.device_kind}")
+    chosen, why = default_implementation()
+    print("functions, with implementation=None on arrays of the first device")
+    for name in WITH_KERNELS:
+        print(f"  {name:15}{chosen:8}{why}")
+    print(f"  {'moe':15}{chosen:8}the five above, and experts")
+    for name, reason in WITHOUT.items():
+        print(f"  {name:15}{'xla':8}{reason}")
+    return 0

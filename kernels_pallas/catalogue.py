@@ -1,0 +1,203 @@
+"""Every kernel of the package with the shapes and settings it is built for in the tests and by `jaxmoe targets`.
+
+Nothing here runs: an entry is a function and the shapes of its arguments, for `targets.lower`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.combine import combine, combine_weight_grad
+from kernels_pallas.count import count_load
+from kernels_pallas.dispatch import dispatch
+from kernels_pallas.plan_dispatch import num_rows, plan_dispatch
+from kernels_pallas.route import Rule, route
+from kernels_pallas.route_grad import route_grad
+from kernels_pallas.router_logits import router_logits
+from kernels_pallas.targets import TARGETS, Lowered, lower
+
+BF16, F16, F32, I32 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A call of one of the package's functions. `kernels` are the machine-code kernels it launches, in order."""
+
+    name: str
+    kernels: tuple[str, ...]
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]  # shapes, or None where an argument is left out
+    takes_target: bool = True  # whether `fn` picks its tile by target
+
+    def lower(self, target: str) -> list[Lowered]:
+        """Its kernels as Triton IR for one of `targets.TARGETS`."""
+        fn = functools.partial(self.fn, target=TARGETS[target].platform) if self.takes_target else self.fn
+        found = lower(fn, *self.args, target=target)
+        if tuple(k.name for k in found) != self.kernels:
+            raise RuntimeError(f"{self.name}: expected the kernels {self.kernels}, got {[k.name for k in found]}")
+        return found
+
+
+def _shape(dtype: Any, *sides: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sides, dtype)
+
+
+def _rule(
+    experts: int,
+    top_k: int,
+    scoring_func: str = "sigmoid",
+    *,
+    groups: tuple[int, int] = (1, 1),
+    group_score: str = "top2",
+    renormalize: bool = True,
+    shared: int = 0,
+) -> Rule:
+    return Rule(experts, top_k, *groups, scoring_func, group_score, renormalize, 2.5, shared, 1, 1.0)
+
+
+def _route(
+    name: str,
+    rule: Rule,
+    logits: Any = BF16,
+    bias: Any = F32,
+    *,
+    tokens: int = 4096,
+    valid: bool = False,
+    column: int = 0,
+    aliased: bool = False,
+) -> Entry:
+    outs = (_shape(F32, tokens, rule.num_slots), _shape(I32, tokens, rule.num_slots), _shape(I32, rule.num_ids))
+
+    def fn(logits: Any, bias: Any, valid: Any, out: Any, target: str) -> Any:
+        return route(logits, bias, valid, rule=rule, column=column, clear_load=True, out=out, target=target)
+
+    args = (
+        _shape(logits, tokens, column + rule.num_experts),
+        None if bias is None else _shape(bias, rule.num_experts),
+        _shape(I32, 1) if valid else None,
+        outs if aliased else None,
+    )
+    return Entry(f"route {name}", ("route",), fn, args)
+
+
+def _route_grad(name: str, rule: Rule, logits: Any = BF16, tokens: int = 4096) -> Entry:
+    args = (
+        _shape(logits, tokens, rule.num_experts),
+        _shape(I32, tokens, rule.num_slots),
+        _shape(F32, tokens, rule.num_slots),
+    )
+    fn = functools.partial(route_grad, rule=rule)
+    return Entry(f"route_grad {name}", ("route_grad",), fn, args, takes_target=False)
+
+
+def _count(name: str, tokens: int, slots: int, ids: int) -> Entry:
+    args = (_shape(I32, tokens, slots), _shape(I32, ids))
+    return Entry(f"count_load {name}", ("count_load",), count_load, args, takes_target=False)
+
+
+def _plan(name: str, tokens: int, slots: int, experts: int, *, align: int = 1, ids: int | None = None) -> Entry:
+    args = (_shape(I32, tokens, slots), None if ids is None else _shape(I32, ids))
+    fn = functools.partial(plan_dispatch, num_experts=experts, align=align)
+    return Entry(f"plan_dispatch {name}", ("plan_count", "plan_place"), fn, args)
+
+
+def _dispatch(
+    name: str,
+    dtype: Any,
+    tokens: int,
+    width: int = 7168,
+    slots: int = 8,
+    *,
+    align: int = 1,
+    scale: Any = None,
+    aliased: bool = False,
+) -> Entry:
+    rows = num_rows(tokens * slots, 256, align)
+
+    def fn(x: Any, rows: Any, order: Any, scale: Any, out: Any, target: str) -> Any:
+        return dispatch(x, rows, order, scale=scale, out=out, target=target)
+
+    args = (
+        _shape(dtype, tokens, width),
+        _shape(I32, tokens, slots),
+        _shape(I32, rows),
+        None if scale is None else _shape(scale, tokens, slots),
+        _shape(dtype, rows, width) if aliased else None,
+    )
+    return Entry(f"dispatch {name}", ("dispatch",), fn, args)
+
+
+def _combine(
+    name: str, dtype: Any, tokens: int, width: int = 7168, slots: int = 8, *, weights: Any = F32, aliased: bool = False
+) -> Entry:
+    def fn(x: Any, rows: Any, weights: Any, out: Any, target: str) -> Any:
+        return combine(x, rows, weights, out=out, target=target)
+
+    args = (
+        _shape(dtype, tokens * slots, width),
+        _shape(I32, tokens, slots),
+        None if weights is None else _shape(weights, tokens, slots),
+        _shape(dtype, tokens, width) if aliased else None,
+    )
+    return Entry(f"combine {name}", ("combine",), fn, args)
+
+
+def _weight_grad(name: str, dtype: Any, tokens: int, width: int = 7168, slots: int = 8) -> Entry:
+    args = (_shape(dtype, tokens * slots, width), _shape(dtype, tokens, width), _shape(I32, tokens, slots))
+    return Entry(f"combine_weight_grad {name}", ("combine_weight_grad",), combine_weight_grad, args)
+
+
+def _logits(name: str, x: Any, weight: Any, tokens: int, experts: int = 256, width: int = 7168) -> Entry:
+    args = (_shape(x, tokens, width), _shape(weight, experts, width))
+    return Entry(f"router_logits {name}", ("router_logits",), router_logits, args)
+
+
+LONG = 37_450  # tokens: 8 rows of 7168 for each are just above 2**31 elements, past 32-bit offsets
+_GROUPED = _rule(256, 8, groups=(8, 4), shared=1)
+_SOFTMAX_ALL = _rule(160, 6, "softmax", groups=(8, 3), group_score="max", renormalize=False, shared=2)
+
+CATALOGUE: tuple[Entry, ...] = (
+    _route("256/8, 8 groups", _GROUPED),
+    _route("256/8, 8 groups, float32 logits, bfloat16 bias, valid count", _GROUPED, F32, BF16, valid=True),
+    _route("256/8, 8 groups, strided, into out", _GROUPED, column=64, aliased=True),
+    _route("384/8", _rule(384, 8, shared=1)),
+    _route("896/16", _rule(896, 16, shared=2)),
+    _route("1024/32, 32 groups", _rule(1024, 32, groups=(32, 8))),
+    _route("1024/8, float32", _rule(1024, 8), F32),
+    _route("256/6, sqrtsoftplus", _rule(256, 6, "sqrtsoftplus", shared=1)),
+    _route("160/6, softmax, 8 groups by maximum, no bias", _SOFTMAX_ALL, bias=None),
+    _route("512/10, softmax, no bias", _rule(512, 10, "softmax"), bias=None),
+    _route("64/6, softmax, bias", _rule(64, 6, "softmax", shared=2), F32),
+    _route("60/4, float16", _rule(60, 4), F16, F16),
+    _route("1/1", _rule(1, 1), bias=None),
+    _route_grad("256/8", _GROUPED),
+    _route_grad("256/6, sqrtsoftplus, float32", _rule(256, 6, "sqrtsoftplus"), F32),
+    _route_grad("160/6, softmax, not renormalised", _SOFTMAX_ALL),
+    _route_grad("1024/32", _rule(1024, 32)),
+    _count("257 ids", 4096, 9, 257),
+    _count("1026 ids, many tokens", 65536, 32, 1026),
+    _plan("256 experts", 4096, 8, 256),
+    _plan("8 experts, one token", 1, 2, 8),
+    _plan("32 of 256 experts, mapped, aligned", 4096, 8, 32, align=128, ids=256),
+    _plan("1026 experts, many tokens, aligned", 65536, 32, 1026, align=64),
+    _dispatch("bfloat16", BF16, 4096),
+    _dispatch("bfloat16, aligned, into out", BF16, 4096, align=128, aliased=True),
+    _dispatch("float32, over 2**31 elements", F32, LONG),
+    _dispatch("float16, scaled, ragged width", F16, 512, 1000, scale=F32),
+    _combine("bfloat16", BF16, 4096),
+    _combine("bfloat16, over 2**31 elements, into out", BF16, LONG, aliased=True),
+    _combine("float32, over 2**31 elements", F32, LONG),
+    _combine("float16, unweighted, ragged width", F16, 512, 1000, weights=None),
+    _weight_grad("bfloat16", BF16, 4096),
+    _weight_grad("float32, over 2**31 elements", F32, LONG),
+    _logits("bfloat16", BF16, BF16, 4096),
+    _logits("bfloat16, few tokens", BF16, BF16, 8),
+    _logits("bfloat16 by float32", BF16, F32, 4096),
+    _logits("float32, ragged sizes", F32, F32, 77, 60, 1000),
+)

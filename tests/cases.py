@@ -1,0 +1,138 @@
+"""One table of cases, each with the reason it exists, for the reference, the interpreter and the GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import RoutingConfig, presets
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+
+def normal(seed: int, *shape: int, dtype: Any = F32, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, F32).astype(dtype)
+
+
+def spoiled(seed: int, tokens: int, experts: int) -> jax.Array:
+    """Rows with NaN and infinities of every kind, each next to ordinary rows."""
+    x = np.array(normal(seed, tokens, experts))
+    rng = np.random.default_rng(seed)
+    kinds: list[Callable[[np.ndarray], None]] = [
+        lambda row: row.fill(np.nan),
+        lambda row: row.__setitem__(rng.integers(experts), np.nan),
+        lambda row: row.__setitem__(slice(0, None, 2), np.nan),
+        lambda row: row.__setitem__(rng.integers(experts), np.inf),
+        lambda row: row.__setitem__(rng.integers(experts), -np.inf),
+        lambda row: row.fill(-np.inf),
+        lambda row: row.fill(np.inf),
+        lambda row: row.__setitem__(slice(1, None), -np.inf),
+        lambda row: None,
+    ]
+    for token in range(tokens):
+        kinds[token % len(kinds)](x[token])
+    return jnp.asarray(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to route."""
+
+    why: str
+    config: RoutingConfig
+    bias: Any = F32  # dtype, None for no bias
+    dtype: Any = F32  # of the logits
+    tokens: int = 6
+    logits: Callable[[int, int], jax.Array] | None = None  # (tokens, experts) -> logits
+    bias_values: Callable[[int], jax.Array] | None = None
+
+    def inputs(self, tokens: int | None = None) -> tuple[jax.Array, jax.Array | None]:
+        count = self.tokens if tokens is None or self.tokens == 0 else tokens
+        experts = self.config.num_experts
+        x = self.logits(count, experts) if self.logits else normal(1, count, experts, scale=2.0)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias_values(experts) if self.bias_values else normal(2, experts, scale=0.2)
+            bias = bias.astype(self.bias)
+        return x.astype(self.dtype), bias
+
+
+C = functools.partial(RoutingConfig)
+V3 = presets["deepseek-v3"]
+SMALL = C(num_experts=24, top_k=4, n_group=4, topk_group=2, routed_scaling_factor=2.5)
+fill = lambda value: lambda tokens, experts: jnp.full((tokens, experts), value, F32)
+coarse = lambda tokens, experts: jnp.round(normal(3, tokens, experts) * 2) / 2
+
+CASES = [
+    Case("DeepSeek-V3: groups by their top two, bias, shared expert", V3, dtype=BF16),
+    Case("DeepSeek-V2: softmax, groups by maximum, not renormalised", presets["deepseek-v2"], bias=None, dtype=BF16),
+    Case("Kimi-K2: no groups, E is no power of two", presets["kimi-k2"]),
+    Case("softmax alone, renormalised: Qwen3-MoE", C(num_experts=128, top_k=8, scoring_func="softmax"), bias=None),
+    Case("softmax with a bias: Ernie", C(num_experts=64, top_k=6, scoring_func="softmax", n_shared_experts=2)),
+    Case("sqrtsoftplus: DeepSeek-V4", C(num_experts=64, top_k=6, scoring_func="sqrtsoftplus", routed_scaling_factor=1.5)),
+    Case("sqrtsoftplus, not renormalised", C(num_experts=16, top_k=3, scoring_func="sqrtsoftplus", renormalize=False)),
+    Case("sigmoid, not renormalised", C(num_experts=16, top_k=3, renormalize=False)),
+    Case("sigmoid without a bias", C(num_experts=32, top_k=4, n_group=4, topk_group=2), bias=None),
+    Case("softmax in groups by top two, without a bias", C(num_experts=24, top_k=4, n_group=4, topk_group=2,
+         scoring_func="softmax", group_score="top2"), bias=None),
+    Case("groups by maximum, though there is a bias", C(num_experts=24, top_k=4, n_group=4, topk_group=2, group_score="max")),
+    Case("odd E", C(num_experts=13, top_k=5)),
+    Case("odd number of odd groups", C(num_experts=45, top_k=6, n_group=9, topk_group=4)),
+    Case("one expert", C(num_experts=1, top_k=1)),
+    Case("K = E", C(num_experts=8, top_k=8)),
+    Case("K = all the experts that the groups leave", C(num_experts=24, top_k=12, n_group=4, topk_group=2)),
+    Case("8 experts in 8 groups: AITER #2369", C(num_experts=8, top_k=4, n_group=8, topk_group=4)),
+    Case("all groups kept", C(num_experts=16, top_k=4, n_group=4, topk_group=4)),
+    Case("E = 60", C(num_experts=60, top_k=4)),
+    Case("E = 72, k = 6, groups of 9", C(num_experts=72, top_k=6, n_group=8, topk_group=3)),
+    Case("E = 288, groups of 36: more than a warp", C(num_experts=288, top_k=8, n_group=8, topk_group=4)),
+    Case("E = 512, k = 10: Qwen3-Next", C(num_experts=512, top_k=10, scoring_func="softmax"), bias=None, dtype=BF16),
+    Case("E = 512, k = 22: Nemotron-3-Super", C(num_experts=512, top_k=22)),
+    Case("E = 768", C(num_experts=768, top_k=8)),
+    Case("E = 896, k = 16, two shared: Kimi-K3", presets["kimi-k3"]),
+    Case("E = 1024 and k = 32, the limits", C(num_experts=1024, top_k=32)),
+    Case("1024 groups of one", C(num_experts=1024, top_k=8, n_group=1024, topk_group=16)),
+    Case("no tokens", SMALL, tokens=0),
+    Case("one token", SMALL, tokens=1),
+    Case("all logits equal: every tie to the lower index", SMALL, bias=None, logits=fill(0.25)),
+    Case("many ties", SMALL, logits=coarse, bias_values=lambda e: jnp.zeros(e, F32)),
+    Case("many ties, softmax in bfloat16", C(num_experts=64, top_k=8, scoring_func="softmax"), bias=None, dtype=BF16,
+         logits=coarse),
+    Case("zeros of either sign tie", C(num_experts=8, top_k=4, scoring_func="softmax"), bias=None,
+         logits=lambda t, e: jnp.where(jnp.arange(e) % 2 == 0, -0.0, 0.0) * jnp.ones((t, 1), F32)),
+    Case("negative choices: dropped groups are not 0 but out (SGLang #3705)", SMALL,
+         bias_values=lambda e: normal(4, e) - 10.0),
+    Case("all logits negative (transformers #45440)", SMALL, logits=lambda t, e: -1.0 - jnp.abs(normal(5, t, e)) * 4),
+    Case("scores that underflow: -100 (SGLang #31017)", SMALL, logits=fill(-100.0)),
+    Case("scores near underflow: -50", SMALL, logits=lambda t, e: -50.0 + normal(6, t, e)),
+    Case("scores that underflow, sqrtsoftplus", C(num_experts=16, top_k=8, scoring_func="sqrtsoftplus"), logits=fill(-250.0)),
+    Case("a bias far above the scores: 12", SMALL, bias_values=lambda e: 12.0 + normal(7, e)),
+    Case("large logits saturate", C(num_experts=16, top_k=4, scoring_func="softmax"), bias=None,
+         logits=lambda t, e: normal(8, t, e) * 300),
+    Case("NaN and infinite logits: vLLM #39391", SMALL, logits=lambda t, e: spoiled(9, t, e), tokens=18),
+    Case("NaN and infinite logits, softmax", C(num_experts=24, top_k=4, n_group=4, topk_group=2, scoring_func="softmax"),
+         bias=None, logits=lambda t, e: spoiled(10, t, e), tokens=18),
+    Case("NaN and infinite logits, softmax with bias", C(num_experts=24, top_k=4, scoring_func="softmax"),
+         logits=lambda t, e: spoiled(10, t, e), tokens=18),
+    Case("NaN and infinite logits, not renormalised", C(num_experts=24, top_k=4, scoring_func="softmax", renormalize=False),
+         bias=None, logits=lambda t, e: spoiled(10, t, e), tokens=18),
+    Case("NaN and infinities in the bias", SMALL,
+         bias_values=lambda e: normal(11, e).at[3].set(jnp.nan).at[7].set(jnp.inf).at[11].set(-jnp.inf).at[13].set(-jnp.nan)),
+    Case("all of the bias NaN", SMALL, bias_values=lambda e: jnp.full(e, jnp.nan, F32)),
+    *(Case(f"logits {jnp.dtype(a).name}, bias {jnp.dtype(b).name}: read as they are (FlashInfer #2909)", SMALL, dtype=a, bias=b)
+      for a in (BF16, F16, F32) for b in (BF16, F16, F32)),
+    Case("two shared experts, three replicas each", C(num_experts=16, top_k=2, n_shared_experts=2, shared_expert_replicas=3,
+         routed_scaling_factor=2.5), tokens=8),
+    Case("the caller scales the output: a shared expert weighs 1/scale (vLLM #45037)",
+         C(num_experts=16, top_k=2, n_shared_experts=1, routed_scaling_factor=2.5, scale_weights=False)),
+]  # fmt: skip
+
+# The interpreter unrolls k picks over E: these few are for the GPU and XLA.
+SLOW_INTERPRETED = {"E = 1024 and k = 32, the limits", "E = 512, k = 22: Nemotron-3-Super", "1024 groups of one"}
+IDS = [case.why for case in CASES]

@@ -1,0 +1,30 @@
+"""What every test shares: no network, memory that two frameworks can share, and GPU tests skipped without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+# Before jax and transformers are imported.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the GPU's memory too
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from config classes, never fetched
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+@functools.cache
+def has_gpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm GPU"))

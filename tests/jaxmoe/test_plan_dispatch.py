@@ -1,0 +1,101 @@
+"""The dispatch plan, on the reference and on the interpreted kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmoe
+from kernels_pallas import plan_dispatch as kernels
+from tests.check_plan import PLAN_CASES, PLAN_IDS, PlanCase, check_plan
+
+I32 = jnp.int32
+
+
+@pytest.mark.parametrize("case", PLAN_CASES, ids=PLAN_IDS)
+def test_plan_dispatch(case: PlanCase, implementation: str, tokens: int | None) -> None:
+    experts, expert_map = case.inputs(tokens)
+    plan = jaxmoe.plan_dispatch(
+        experts, case.num_experts, align=case.align, expert_map=expert_map, implementation=implementation
+    )
+    check_plan(plan, experts, case.num_experts, case.align, expert_map)
+
+
+def test_checks_reject_wrong_plans() -> None:
+    experts = jnp.array([[0, 2], [2, 1], [0, 2]], I32)
+    plan = jaxmoe.plan_dispatch(experts, 3)
+    wrong = {
+        "not stable": plan._replace(rows=plan.rows.at[0, 0].set(1).at[2, 0].set(0)),
+        "zeros": jax.tree.map(jnp.zeros_like, plan),
+        "swapped experts": plan._replace(group_sizes=plan.group_sizes[jnp.array([1, 0, 2])]),
+        "slots of another plan": plan._replace(slots=plan.slots[::-1]),
+    }
+    for name, result in wrong.items():
+        with pytest.raises(AssertionError):
+            check_plan(result, experts, 3)
+            pytest.fail(f"not caught: {name}", pytrace=False)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("chunks", [1, 3, 7])
+def test_however_the_pairs_are_cut(block: int, chunks: int) -> None:
+    """Several chunks, several blocks a chunk, a ragged end: the same plan."""
+    experts = jnp.asarray(np.random.default_rng(0).integers(-1, 9, (61, 3)), I32)
+    plan = kernels.plan_dispatch(
+        experts, None, num_experts=9, align=4, config=kernels.Config(block, chunks, 4), interpret=True
+    )
+    check_plan(jaxmoe.DispatchPlan(*plan), experts, 9, 4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 20), st.integers(1, 5), st.integers(1, 12), st.sampled_from([1, 2, 3, 8]), st.integers(0, 2**31))
+def test_any_plan_against_the_oracle(tokens: int, slots: int, num_experts: int, align: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    experts = jnp.asarray(rng.integers(-2, num_experts + 2, (tokens, slots)), I32)
+    expert_map = jnp.asarray(rng.integers(-1, num_experts, num_experts + 1), I32) if seed % 2 else None
+    implementation = "interpret" if seed % 4 == 0 else "xla"
+    plan = jaxmoe.plan_dispatch(
+        experts, num_experts, align=align, expert_map=expert_map, implementation=implementation
+    )
+    check_plan(plan, experts, num_experts, align, expert_map)
+
+
+def test_vmap_and_jit(implementation: str) -> None:
+    experts = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7, 2)), I32)
+    plan = functools.partial(jaxmoe.plan_dispatch, num_experts=5, align=4, implementation=implementation)
+    mapped = jax.jit(jax.vmap(lambda e: plan(e)))(experts)
+    for i in range(3):
+        check_plan(jax.tree.map(lambda a, i=i: a[i], mapped), experts[i], 5, 4)
+
+
+def test_under_x64(implementation: str) -> None:
+    with jax.enable_x64(True):
+        experts = jnp.array([[0, 2], [2, 1]], I32)
+        check_plan(jaxmoe.plan_dispatch(experts, 3, implementation=implementation), experts, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"experts": jnp.zeros((3,), I32)}, r"experts: expected int32 \[T, S\], got int32\[3\]"),
+        ({"experts": jnp.zeros((3, 2))}, r"experts: expected int32 \[T, S\], got float32\[3, 2\]"),
+        ({"experts": jnp.zeros((3, 0), I32)}, r"experts: expected at least one element along axis 1"),
+        ({"num_experts": 0}, r"num_experts: expected an int from 1 to 2048, got 0"),
+        ({"num_experts": 4.0}, r"num_experts: expected an int from 1 to 2048, got 4.0"),
+        ({"align": 0}, r"align: expected an int from 1 to"),
+        ({"expert_map": jnp.zeros((0,), I32)}, r"expert_map: expected at least one element"),
+        ({"expert_map": jnp.zeros((4,))}, r"expert_map: expected int32 \[ids\], got float32\[4\]"),
+        ({"implementation": "triton"}, r"implementation: expected None or one of"),
+    ],
+)
+def test_wrong_input(arguments: dict[str, object], message: str) -> None:
+    arguments = {"experts": jnp.zeros((3, 2), I32), "num_experts": 4, **arguments}
+    experts, num_experts = arguments.pop("experts"), arguments.pop("num_experts")
+    with pytest.raises(ValueError, match=message):
+        jaxmoe.plan_dispatch(experts, num_experts, **arguments)

@@ -1,0 +1,261 @@
+"""Routing, on the reference and on the interpreted kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxmoe
+from jaxmoe import RoutingConfig
+from tests import cases, oracle
+from tests.cases import CASES, IDS, SMALL, normal
+from tests.check_route import check_route
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_route(case: cases.Case, implementation: str, tokens: int | None) -> None:
+    if implementation == "interpret" and case.why in cases.SLOW_INTERPRETED:
+        tokens = 1
+    logits, bias = case.inputs(tokens)
+    got = jaxmoe.route(logits, bias, config=case.config, implementation=implementation)
+    decided = check_route(got, logits, bias, case.config)
+    assert decided >= 0.8, "the case says too little about ids"
+
+
+def test_checks_reject_wrong_results(implementation: str) -> None:
+    """Zeros, swapped experts, a dropped bias, unscaled weights, a wrong load: each is caught."""
+    case = next(c for c in CASES if c.config is SMALL and c.bias is not None and c.logits is None and c.tokens > 1)
+    logits, bias = case.inputs()
+    got = jaxmoe.route(logits, bias, config=SMALL, implementation=implementation)
+    wrong = {
+        "zero weights": got._replace(weights=jnp.zeros_like(got.weights)),
+        "zero ids": got._replace(experts=jnp.zeros_like(got.experts)),
+        "swapped experts": got._replace(experts=got.experts[:, jnp.array([1, 0, 2, 3])]),
+        "swapped weights": got._replace(weights=got.weights[:, jnp.array([1, 0, 2, 3])]),
+        "weights off by 1e-5": got._replace(weights=got.weights * (1 + 1e-5)),
+        "another load": got._replace(load=got.load.at[0].add(1)),
+        "no bias": jaxmoe.route(logits, config=SMALL, implementation=implementation),
+        "shifted ids": got._replace(experts=got.experts + 1),
+    }
+    for name, result in wrong.items():
+        with pytest.raises(AssertionError):
+            check_route(result, logits, bias, SMALL)
+            pytest.fail(f"not caught: {name}", pytrace=False)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("valid", [0, 1, 4, 6])
+def test_num_valid_tokens(valid: int, on_device: bool, implementation: str) -> None:
+    config = RoutingConfig(num_experts=12, top_k=3, n_shared_experts=1)
+    logits = cases.spoiled(0, 6, 12) if valid == 4 else normal(0, 6, 12)  # padding is often NaN
+    count = jnp.int32(valid) if on_device else valid
+    got = jaxmoe.route(logits, config=config, num_valid_tokens=count, implementation=implementation)
+    check_route(got, logits, None, config, valid=valid)
+
+
+def test_strided_rows_read_in_place(implementation: str) -> None:
+    """FlashInfer #4713: strided logits were read as if contiguous."""
+    wide = normal(0, 5, 40).at[:, :8].set(jnp.nan).at[:, 32:].set(jnp.nan)
+    view = jaxmoe.Columns(wide, first=8, width=24)
+    got = jaxmoe.route(view, normal(1, 24), config=SMALL, implementation=implementation)
+    check_route(got, wide[:, 8:32], normal(1, 24), SMALL)
+
+
+def test_a_token_alone_or_in_a_batch(implementation: str) -> None:
+    logits, bias = normal(0, 7, 24), normal(1, 24)
+    route = functools.partial(jaxmoe.route, config=SMALL, implementation=implementation, return_load=False)
+    whole = route(logits, bias)
+    for token in range(7):
+        alone = route(logits[token : token + 1], bias)
+        np.testing.assert_array_equal(alone.weights[0].view(np.int32), whole.weights[token].view(np.int32))
+        np.testing.assert_array_equal(alone.experts[0], whole.experts[token])
+
+
+def test_without_load(implementation: str) -> None:
+    logits = normal(0, 3, 24)
+    got = jaxmoe.route(logits, config=SMALL, return_load=False, implementation=implementation)
+    assert got.load is None
+    check_route(got, logits, None, SMALL)
+
+
+def test_out_is_donated_and_filled(implementation: str) -> None:
+    logits, bias = normal(0, 5, 24), normal(1, 24)
+    out = jaxmoe.Routing(
+        jnp.full((5, 4), jnp.nan, jnp.float32), jnp.full((5, 4), -7, jnp.int32), jnp.full((24,), -7, jnp.int32)
+    )
+    addresses = [o.unsafe_buffer_pointer() for o in out]
+    got = jaxmoe.route(logits, bias, config=SMALL, out=out, implementation=implementation)
+    check_route(got, logits, bias, SMALL)
+    assert all(o.is_deleted() for o in out)
+    assert [g.unsafe_buffer_pointer() for g in got] == addresses
+
+
+def test_vmap_and_jit(implementation: str) -> None:
+    logits, bias = normal(0, 3, 4, 24), normal(1, 24)
+    route = functools.partial(jaxmoe.route, config=SMALL, implementation=implementation)
+    mapped = jax.jit(jax.vmap(route, in_axes=(0, None)))(logits, bias)
+    for i in range(3):
+        one = route(logits[i], bias)
+        for a, b in zip(mapped, one, strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+def dense_weights(x: jax.Array, ids: jax.Array, config: RoutingConfig) -> jax.Array:
+    """The weights as a textbook would write them, for autodiff."""
+    score = {
+        "sigmoid": jax.nn.sigmoid,
+        "softmax": functools.partial(jax.nn.softmax, axis=1),
+        "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    }[config.scoring_func](x)
+    chosen = jnp.take_along_axis(score, ids, axis=1)
+    if config.renormalize:
+        chosen = chosen / chosen.sum(axis=1, keepdims=True)
+    return chosen * config.routed_scaling_factor
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_gradient(scoring_func: str, renormalize: bool, implementation: str) -> None:
+    config = RoutingConfig(
+        num_experts=12, top_k=3, scoring_func=scoring_func, renormalize=renormalize, routed_scaling_factor=2.5,
+        n_shared_experts=1,
+    )  # fmt: skip
+    logits, bias, upstream = normal(0, 4, 12), normal(1, 12) * 0.1, normal(2, 4, 4)
+
+    def loss(logits: jax.Array, bias: jax.Array) -> jax.Array:
+        got = jaxmoe.route(logits, bias, config=config, num_valid_tokens=3, implementation=implementation)
+        return jnp.sum(got.weights * upstream)
+
+    dlogits, dbias = jax.grad(loss, argnums=(0, 1))(logits, bias)
+    ids = jaxmoe.route(logits, bias, config=config, implementation="xla").experts[:3, :3]
+    want = jax.grad(lambda x: jnp.sum(dense_weights(x, ids, config) * upstream[:3, :3]))(logits[:3])
+    oracle.same(dlogits[:3], np.asarray(want, np.float64), rtol=2e-5, atol=1e-6)
+    assert float(jnp.abs(want).max()) > 0.01
+    assert not dlogits[3].any(), "a token past num_valid_tokens"
+    assert not dbias.any()
+    with pytest.raises(AssertionError):
+        oracle.same(jnp.zeros_like(want), np.asarray(want, np.float64), rtol=2e-5, atol=1e-6)
+
+
+def test_gradient_of_scores_that_underflow(implementation: str) -> None:
+    """Renormalised weights of equal logits are 1/k; their gradient is finite where the scores themselves are 0."""
+    config = RoutingConfig(num_experts=8, top_k=4)
+    logits = jnp.full((1, 8), -100.0, jnp.float32)
+    loss = lambda x: jnp.sum(jaxmoe.route(x, config=config, implementation=implementation).weights[:, 0])
+    oracle.same(jax.grad(loss)(logits)[0, :4], np.array([3, -1, -1, -1]) / 16, rtol=1e-5)
+
+
+def test_gradient_reaches_a_view(implementation: str) -> None:
+    wide, config = normal(0, 3, 20), RoutingConfig(num_experts=12, top_k=3)
+    route = functools.partial(jaxmoe.route, config=config, implementation=implementation)
+    upstream = normal(1, 3, 3)
+    got = jax.grad(lambda w: jnp.sum(route(jaxmoe.Columns(w, 4, 12)).weights * upstream))(wide)
+    want = jax.grad(lambda x: jnp.sum(route(x).weights * upstream))(wide[:, 4:16])
+    np.testing.assert_array_equal(got[:, 4:16], want)
+    assert not got[:, :4].any()
+    assert not got[:, 16:].any()
+
+
+def test_under_x64(implementation: str) -> None:
+    """64-bit mode must not widen an index or a count."""
+    with jax.enable_x64(True):
+        logits = normal(0, 3, 24)
+        check_route(jaxmoe.route(logits, config=SMALL, implementation=implementation), logits, None, SMALL)
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[RoutingConfig, int, int, bool, str]:
+    size, n_group = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    topk_group = draw(st.integers(1, n_group))
+    config = RoutingConfig(
+        num_experts=size * n_group,
+        top_k=draw(st.integers(1, min(6, topk_group * size))),
+        n_group=n_group,
+        topk_group=topk_group,
+        scoring_func=draw(st.sampled_from(["sigmoid", "softmax", "sqrtsoftplus"])),
+        group_score=draw(st.sampled_from([None, "top2", "max"])),
+        renormalize=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        scale_weights=draw(st.booleans()),
+        n_shared_experts=draw(st.integers(0, 2)),
+        shared_expert_replicas=draw(st.integers(1, 3)),
+    )
+    return config, draw(st.integers(0, 2**31)), draw(st.integers(1, 5)), draw(st.booleans()), draw(
+        st.sampled_from(["normal", "coarse", "spoiled"])
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(routings())
+def test_any_config_against_the_oracle(problem: tuple[RoutingConfig, int, int, bool, str]) -> None:
+    config, seed, tokens, with_bias, kind = problem
+    x = {
+        "normal": lambda: normal(seed, tokens, config.num_experts, scale=3.0),
+        "coarse": lambda: jnp.round(normal(seed, tokens, config.num_experts) * 2) / 2,
+        "spoiled": lambda: cases.spoiled(seed, tokens, config.num_experts),
+    }[kind]()
+    bias = normal(seed + 1, config.num_experts, scale=0.3) if with_bias else None
+    implementation = "interpret" if seed % 4 == 0 else "xla"
+    check_route(jaxmoe.route(x, bias, config=config, implementation=implementation), x, bias, config)
+
+
+def bad(**changes: object) -> dict[str, object]:
+    return {"logits": normal(0, 3, 24), "bias": normal(1, 24), "config": SMALL, **changes}
+
+
+I32 = jnp.int32
+OUT = (jnp.zeros((3, 4)), jnp.zeros((3, 4), I32), jnp.zeros(24, I32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (bad(logits=normal(0, 3, 25)), r"logits: expected .*\[T, 24\], got float32\[3, 25\]"),
+        (bad(logits=normal(0, 24)), r"logits: expected .*, got float32\[24\]"),
+        (bad(logits=jnp.zeros((3, 24), I32)), r"logits: expected bfloat16 or float16 or float32"),
+        (bad(logits=None), r"logits: expected an array .*, got NoneType"),
+        (bad(logits=jaxmoe.Columns(normal(0, 3, 30), 10, 24)), r"logits: expected columns inside float32\[3, 30\]"),
+        (bad(bias=normal(0, 23)), r"bias: expected .*\[24\], got float32\[23\]"),
+        (bad(bias=jnp.zeros(24, I32)), r"bias: expected bfloat16 or float16 or float32 \[24\], got int32\[24\]"),
+        (bad(config="deepseek-v3"), r"config: expected a RoutingConfig, got str"),
+        (bad(num_valid_tokens=4), r"num_valid_tokens: expected 0 to T=3, got 4"),
+        (bad(num_valid_tokens=-1), r"num_valid_tokens: expected 0 to T=3, got -1"),
+        (bad(num_valid_tokens=jnp.zeros(3, I32)), r"num_valid_tokens: expected int32 \[\], got int32\[3\]"),
+        (bad(num_valid_tokens=2.0), r"num_valid_tokens: expected an array int32 \[\], got float"),
+        (bad(out=jnp.zeros((3, 4))), r"out: expected a Routing or tuple \(weights, experts, load\)"),
+        (bad(out=(*OUT[:2], None)), r"out: expected a Routing or tuple \(weights, experts, load\)"),
+        (bad(out=(jnp.zeros((3, 5)), *OUT[1:])), r"out.weights: expected float32 \[3, 4\], got float32\[3, 5\]"),
+        (bad(out=(OUT[0], OUT[0], OUT[2])), r"out.experts: expected int32 \[3, 4\], got float32\[3, 4\]"),
+        (bad(out=(*OUT[:2], jnp.zeros(25, I32))), r"out.load: expected int32 \[24\], got int32\[25\]"),
+        (bad(implementation="cuda"), r"implementation: expected None or one of .*, got 'cuda'"),
+        (bad(implementation="pallas"), r"implementation: 'pallas' needs arrays on a GPU, got one on cpu"),
+    ],
+)
+def test_wrong_input(arguments: dict[str, object], message: str) -> None:
+    if "pallas" in message and jax.default_backend() == "gpu":
+        pytest.skip("the arrays lie on a GPU here")
+    arguments = dict(arguments)
+    logits, bias = arguments.pop("logits"), arguments.pop("bias")
+    with pytest.raises(ValueError, match=message):
+        jaxmoe.route(logits, bias, **arguments)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(OUT)), "nothing is written or donated"
+
+
+def test_out_must_not_be_an_input() -> None:
+    config = RoutingConfig(num_experts=4, top_k=4)
+    logits = normal(0, 3, 4)
+    with pytest.raises(ValueError, match="out: expected a buffer of its own"):
+        jaxmoe.route(logits, config=config, out=(logits, jnp.zeros((3, 4), I32), jnp.zeros(4, I32)))
+
+
+def test_pallas_under_jit_on_the_cpu_is_an_error() -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs a machine whose default device is the CPU")
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        jax.jit(functools.partial(jaxmoe.route, config=SMALL, implementation="pallas"))(normal(0, 3, 24))

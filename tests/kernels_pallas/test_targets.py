@@ -1,0 +1,161 @@
+"""Every kernel becomes machine code for every target, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe.__main__ import main
+from kernels_pallas import catalogue
+from kernels_pallas.catalogue import CATALOGUE, Entry
+from kernels_pallas.launch import iota, launch, store
+from kernels_pallas.targets import TARGETS, compile_kernel, lower, report
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
+BY_NAME = {entry.name: entry for entry in CATALOGUE}
+
+
+def test_catalogue_holds_every_kernel() -> None:
+    """A kernel that nobody lists would not be compiled below."""
+    sources = [path.read_text() for path in Path(catalogue.__file__).parent.glob("*.py")]
+    launched = {name for source in sources for name in re.findall(r'\bname="(\w+)"', source)}
+    assert launched == {kernel for entry in CATALOGUE for kernel in entry.kernels}
+    assert len(BY_NAME) == len(CATALOGUE)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_compiles(name: str, target: str) -> None:
+    """Machine code comes out, without spills on CUDA, within what a thread and a program can have."""
+    t = TARGETS[target]
+    for kernel in BY_NAME[name].lower(target):
+        got = report(compile_kernel(kernel, target))
+        assert got.machine_code_bytes > 500
+        assert 8 <= got.registers <= (255 if t.platform == "cuda" else 512)
+        assert 0 <= got.shared_bytes <= t.shared_bytes
+        if t.platform == "cuda":
+            assert got.spills == 0
+
+
+@needs_triton
+def test_spills_are_seen() -> None:
+    """The report of no spills means something: a kernel squeezed into few registers has some."""
+    kernel = BY_NAME["route 256/8, 8 groups"].lower("sm_90")[0]
+    squeezed = report(compile_kernel(kernel, "sm_90", maxnreg=24))
+    assert squeezed.registers <= 24
+    assert squeezed.spills > 0
+
+
+def _offsets(ttir: str, argument: int) -> set[str]:
+    """The integer types of the offsets that are added to the pointer %arg<argument>."""
+    splats = re.findall(rf"(%\w+) = tt\.splat %arg{argument} ", ttir)
+    bases = "|".join(map(re.escape, [f"%arg{argument}", *splats]))
+    lines = re.findall(rf"tt\.addptr (?:{bases}), .*", ttir)
+    return {re.findall(r"i\d+", line)[-1] for line in lines}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("dispatch float32, over 2**31 elements", 3),  # x, rows, slots, then the output
+        ("combine bfloat16, over 2**31 elements, into out", 0),
+        ("combine float32, over 2**31 elements", 0),
+        ("combine_weight_grad float32, over 2**31 elements", 0),
+    ],
+)
+def test_offsets_are_64_bit_past_2_31_elements(name: str, argument: int, target: str) -> None:
+    """32-bit offsets wrap at 37.4k tokens x 8 x 7168 (DLBlas #171, TransformerEngine #2908, FlashInfer #2642)."""
+    kernel = BY_NAME[name].lower(target)[0]
+    assert _offsets(kernel.ttir, argument) == {"i64"}
+    products = re.findall(r"arith\.muli .* : tensor<\w+xi64>", kernel.ttir)
+    assert products, "a product in 32 bits that is widened afterwards has wrapped already"
+
+
+def test_offsets_are_32_bit_below() -> None:
+    """The check above tells the two apart, and small arrays do not pay for 64 bits."""
+    assert _offsets(BY_NAME["combine bfloat16"].lower("sm_90")[0].ttir, 0) == {"i32"}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_load_is_counted_in_integers(target: str) -> None:
+    """plgpu.atomic_add of jax 0.10.2 adds a tensor of integers as floats: on CUDA silently, with a load of zeros."""
+    ttir = BY_NAME["count_load 257 ids"].lower(target)[0].ttir
+    assert re.findall(r"tt\.atomic_rmw (\w+)", ttir) == ["add"]
+
+
+def _needs_much_shared_memory(x: jax.Array) -> Any:
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        i, j = iota((256, 256), 0), iota((256, 256), 1)
+        store(out_ref.at[i, j], jnp.dot(x_ref[...], x_ref[...]))
+
+    shape = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    return launch(kernel, x, name="too_large", grid=(1,), out_shape=[shape], num_warps=8)
+
+
+def _not_for_triton(x: jax.Array) -> Any:
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)  # not a power of two
+    kernel = lambda x_ref, out_ref: store(out_ref.at[iota((3,), 0)], x_ref[...])
+    return launch(kernel, x, name="three", grid=(1,), out_shape=[shape], num_warps=1)
+
+
+BROKEN = {
+    "too_large": (_needs_much_shared_memory, jax.ShapeDtypeStruct((256, 256), jnp.float32), "shared memory"),
+    "three": (_not_for_triton, jax.ShapeDtypeStruct((3,), jnp.float32), "power of 2"),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", BROKEN)
+def test_command_fails_and_names_the_kernel(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that does not compile, or could not be launched, makes the exit code 1; the rest is still reported."""
+    fn, shape, reason = BROKEN[name]
+    broken = Entry(f"broken {name}", (name,), fn, (shape,), takes_target=False)
+    monkeypatch.setattr(catalogue, "CATALOGUE", (broken, BY_NAME["route 1/1"]))
+    assert main(["targets", "--target", "gfx942"]) == 1
+    out, err = capsys.readouterr()
+    assert f"FAILED: broken {name} for gfx942" in err
+    assert reason in out
+    assert re.search(r"^route 1/1 +gfx942 +\d+ +\d+ +0 +\d+$", out, re.M)
+
+
+@needs_triton
+def test_command_prints_what_the_report_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "--kernel", "dispatch bfloat16", "--target", "sm_80", "--target", "gfx950"]) == 0
+    out = capsys.readouterr().out
+    for target in ("sm_80", "gfx950"):
+        r = report(compile_kernel(BY_NAME["dispatch bfloat16"].lower(target)[0], target))
+        row = rf"^dispatch bfloat16 +{target} +{r.machine_code_bytes} +{r.registers} +{r.spills} +{r.shared_bytes}$"
+        assert re.search(row, out, re.M)
+    assert "sm_90" not in out
+    assert "gfx950: compiled, not run." in out
+
+
+def test_command_refuses_an_unknown_kernel_or_target() -> None:
+    for arguments in (["--kernel", "no such kernel"], ["--target", "sm_70"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["targets", *arguments])
+        assert stopped.value.code == 2
+
+
+def test_command_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["targets"]) == 2
+    assert "triton, which is not installed" in capsys.readouterr().out
+
+
+def test_lower_keeps_the_order_of_launches() -> None:
+    """plan_dispatch's second launch reads what the first one wrote."""
+    entry = BY_NAME["plan_dispatch 256 experts"]
+    fn = functools.partial(entry.fn, target="cuda")
+    assert [k.name for k in lower(fn, *entry.args, target="sm_90")] == ["plan_count", "plan_place"]
