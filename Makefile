@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(PY) -m jaxmoe demo
 
 test: $(STAMP)
-	$(PY) -m pytest --timeout=600 $(TESTS)
+	$(PY) -m pytest --timeout=600 --numprocesses=auto $(TESTS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

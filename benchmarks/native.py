@@ -39,7 +39,7 @@ def target_here() -> str:
 
 
 def kernels_of(fn: Callable[..., Any], *tensors: torch.Tensor) -> list[Kernel]:
-    """The kernels that `fn` launches, in order, compiled for torch's device; `fn` takes arrays shaped like `tensors`."""
+    """The kernels that `fn` launches, in order, compiled for this device; `fn` takes arrays shaped like `tensors`."""
     shapes = [jax.ShapeDtypeStruct(tuple(t.shape), DTYPES[t.dtype]) for t in tensors]
     target = target_here()
     return [

@@ -1,7 +1,7 @@
 """Runs every kernel on small, ragged shapes, forward and backward: the program to put under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck python -m benchmarks.sanitize
+compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+compute-sanitizer --tool racecheck python -m benchmarks.sanitize
 """
 
 from __future__ import annotations

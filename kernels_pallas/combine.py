@@ -26,9 +26,7 @@ def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
     return Config(columns=min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize), num_warps=1)
 
 
-def _combine_kernel(
-    *refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool
-) -> None:
+def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool) -> None:
     x_ref, rows_ref, *rest = refs
     weights_ref = rest[0] if has_weights else None
     out_ref = rest[-1]

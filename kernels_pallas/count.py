@@ -1,4 +1,4 @@
-"""How many items each expert got: routing's load counts, and the step that the dispatch plan shares."""
+"""Routing's load: how many (token, slot) pairs chose each expert id."""
 
 from __future__ import annotations
 
@@ -11,44 +11,33 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import add_at, iota, launch, load, next_power_of_2
 
+BLOCK, TILE = 64, 64  # pairs of one step, ids of one program
 
-def count_ids(
-    ids_ref: Any, start: Any, steps: Any, block: int, num_items: int, first_id: Any, num_ids: int
-) -> jax.Array:
-    """int32 [num_ids]: how often first_id + i is in ids_ref[start : start + steps * block], clipped to num_items."""
+
+def _kernel(experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids: int, steps: int, tile: int) -> None:
+    start, first = pl.program_id(0) * (steps * BLOCK), pl.program_id(1) * tile
+    ids = first + iota((BLOCK, tile), 1)
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-        item = start + i * block + iota((block, num_ids), 0)
-        ids = load(ids_ref.at[item], mask=item < num_items, other=-1)
-        return counts + (ids == first_id + iota((block, num_ids), 1)).astype(jnp.int32)
+        item = start + i * BLOCK + iota((BLOCK, tile), 0)
+        return counts + (load(experts_ref.at[item], mask=item < num_items, other=-1) == ids).astype(jnp.int32)
 
-    counts = jax.lax.fori_loop(0, steps, step, jnp.zeros((block, num_ids), jnp.int32))
-    return jnp.sum(counts, axis=0, dtype=jnp.int32)
-
-
-def _load_kernel(
-    experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids: int, steps: int, block: int, tile: int
-) -> None:
-    first = pl.program_id(1) * tile
-    counts = count_ids(experts_ref, pl.program_id(0) * (steps * block), steps, block, num_items, first, tile)
-    index = first + iota((tile,), 0)
-    add_at(load_ref, jnp.minimum(index, num_ids - 1), jnp.where(index < num_ids, counts, 0))
+    counts = jax.lax.fori_loop(0, steps, step, jnp.zeros((BLOCK, tile), jnp.int32))
+    total, index = jnp.sum(counts, axis=0, dtype=jnp.int32), first + iota((tile,), 0)
+    add_at(load_ref, jnp.minimum(index, num_ids - 1), jnp.where(index < num_ids, total, 0))
 
 
-def count_load(
-    experts: jax.Array, cleared: jax.Array, *, programs: int = 264, block: int = 16, interpret: bool = False
-) -> jax.Array:
+def count_load(experts: jax.Array, cleared: jax.Array, *, programs: int = 128, interpret: bool = False) -> jax.Array:
     """load int32 [num_ids], written over `cleared` (zeros): how often each id stands in experts int32 [T, S]."""
     num_items, num_ids = experts.size, cleared.size
-    tile = min(256, next_power_of_2(num_ids))
-    steps = pl.cdiv(pl.cdiv(num_items, block), programs)
-    kernel = functools.partial(_load_kernel, num_items=num_items, num_ids=num_ids, steps=steps, block=block, tile=tile)
+    tile = min(TILE, next_power_of_2(num_ids))
+    steps = pl.cdiv(pl.cdiv(num_items, BLOCK), programs)
     return launch(
-        kernel,
+        functools.partial(_kernel, num_items=num_items, num_ids=num_ids, steps=steps, tile=tile),
         experts.reshape(-1),
         cleared,
         name="count_load",
-        grid=(pl.cdiv(num_items, steps * block), pl.cdiv(num_ids, tile)),
+        grid=(pl.cdiv(num_items, steps * BLOCK), pl.cdiv(num_ids, tile)),
         out_shape=[jax.ShapeDtypeStruct((num_ids,), jnp.int32)],
         num_warps=4,
         aliases={1: 0},

@@ -1,9 +1,9 @@
 """The dispatch plan: a stable counting sort of (token, slot) pairs by expert, in two launches.
 
-The pairs, in the order of their flat index t * S + j, are cut into chunks. The first launch counts each chunk's experts.
-In the second, a chunk adds up the counts of the chunks before it, which tells it the first free row of every expert, and
-places its pairs one block after another. No atomics: a row depends on the pairs before it and on nothing else. The
-number of chunks is bounded, so the work grows linearly with the number of pairs.
+The pairs, in the order of their flat index t * S + j, are cut into chunks. The first launch counts each chunk's
+experts. In the second, a chunk adds up the counts of the chunks before it, which tells it the first free row of every
+expert, and places its pairs one block after another. No atomics: a row depends on the pairs before it and on nothing
+else. The number of chunks is bounded, so the work grows linearly with the number of pairs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: int, num_expe
     return jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
 
 
-def _count_kernel(*refs: Any, map_size: int, num_items: int, num_experts: int, rows: int, steps: int, block: int) -> None:
+def _count_kernel(
+    *refs: Any, map_size: int, num_items: int, num_experts: int, rows: int, steps: int, block: int
+) -> None:
     ids_ref, *map_ref, counts_ref, slots_ref = refs
     experts = next_power_of_2(num_experts)
     chunk, start = pl.program_id(0), pl.program_id(0) * (steps * block)
@@ -77,7 +79,15 @@ def _count_kernel(*refs: Any, map_size: int, num_items: int, num_experts: int, r
 
 
 def _place_kernel(
-    *refs: Any, map_size: int, num_items: int, num_experts: int, rows: int, steps: int, block: int, chunks: int, align: int
+    *refs: Any,
+    map_size: int,
+    num_items: int,
+    num_experts: int,
+    rows: int,
+    steps: int,
+    block: int,
+    chunks: int,
+    align: int,
 ) -> None:
     ids_ref, *map_ref, counts_ref, _, rows_ref, slots_ref, sizes_ref = refs
     expert_map = map_ref[0] if map_ref else None
@@ -132,21 +142,21 @@ def plan_dispatch(
     target: str = "cuda",
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) for experts int32 [T, S], T and S at least 1."""
+    """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0."""
     num_items = experts.size
     config = config or config_for(num_items, num_experts, target)
     rows = num_rows(num_items, num_experts, align)
     steps = pl.cdiv(pl.cdiv(num_items, config.block), config.chunks)
     chunks = pl.cdiv(num_items, steps * config.block)
     ids = [experts.reshape(-1), *([] if expert_map is None else [expert_map])]
-    common = dict(
-        map_size=0 if expert_map is None else expert_map.size,
-        num_items=num_items,
-        num_experts=num_experts,
-        rows=rows,
-        steps=steps,
-        block=config.block,
-    )
+    common = {
+        "map_size": 0 if expert_map is None else expert_map.size,
+        "num_items": num_items,
+        "num_experts": num_experts,
+        "rows": rows,
+        "steps": steps,
+        "block": config.block,
+    }
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
     counts, cleared = launch(
         functools.partial(_count_kernel, **common),

@@ -76,7 +76,7 @@ def _pick(key: jax.Array, k: int, num_slots: int, size: int, padded_size: int) -
 
 def _keep_groups(key: jax.Array, rule: Rule) -> jax.Array:
     """key [R, G, size] with every key outside the best `topk_group` groups excluded."""
-    rows, groups, size = key.shape
+    rows, groups, _ = key.shape
     top = jnp.max(key, axis=2)
     if rule.group_score == "top2" and rule.num_experts > rule.n_group:
         at_top = key == top[:, :, None]
@@ -121,7 +121,9 @@ def _route_kernel(
     is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
 
     def route_token(row: jax.Array) -> None:
-        x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
+        x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(
+            jnp.float32
+        )
 
         row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
         p = x
@@ -154,7 +156,12 @@ def _route_kernel(
         in_buffer = row < num_tokens
         chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
         weights = rule.scale * unscaled_weights(
-            chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
+            chosen,
+            slot < k,
+            scoring_func=rule.scoring_func,
+            renormalize=rule.renormalize,
+            row_max=row_max,
+            row_sum=row_sum,
         )
         if rule.n_shared:
             shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
@@ -192,8 +199,9 @@ def route(
 ) -> tuple[jax.Array, ...]:
     """(weights float32 [T, S], experts int32 [T, S]) and, with `clear_load`, a zeroed load int32 [num_ids].
 
-    logits [T, at least column + E]: the experts' logits are its columns from `column` on, so a strided view needs no
-    copy. num_valid_tokens: int32 [1] or None. `out`: arrays of the results' shapes, whose buffers the results take over.
+    logits [T, at least column + E]: the experts' logits are its columns from `column` on, so a strided view needs
+    no copy. num_valid_tokens: int32 [1] or None. `out`: arrays of the results' shapes, whose buffers the results take
+    over.
     """
     num_tokens = logits.shape[0]
     if config is None:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """One table of cases, each with the reason it exists, for the reference, the interpreter and the GPU."""
 
 from __future__ import annotations

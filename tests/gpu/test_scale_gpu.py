@@ -39,7 +39,11 @@ def test_route_at_real_sizes(tokens: int, name: str, dtype: Any) -> None:
     logits = normal(tokens, tokens, config.num_experts, dtype=dtype, scale=2.0)
     bias = normal(1, config.num_experts, scale=0.1) if config.scoring_func == "sigmoid" else None
     shape = (tokens, config.num_slots)
-    out = (jnp.full(shape, jnp.nan, F32), jnp.full(shape, -9, jnp.int32), jnp.full((config.num_expert_ids,), -9, jnp.int32))
+    out = (
+        jnp.full(shape, jnp.nan, F32),
+        jnp.full(shape, -9, jnp.int32),
+        jnp.full((config.num_expert_ids,), -9, jnp.int32),
+    )
     got = route(logits, bias, config=config, out=out)
     assert check_route(got, logits, bias, config) > 0.95
 
@@ -122,9 +126,13 @@ def test_batch_invariance() -> None:
 
 
 def test_compiled_chain_has_no_copy_and_no_cast() -> None:
-    """route -> plan -> dispatch -> combine with donated outputs: kernels only, and the results in the caller's buffers."""
+    """The whole chain with donated outputs: kernels only, and the results in the caller's buffers."""
     tokens, config = 64, V3
-    logits, bias, x = normal(0, tokens, 256, dtype=BF16), normal(1, 256, scale=0.1), normal(2, tokens, WIDTH, dtype=BF16)
+    logits, bias, x = (
+        normal(0, tokens, 256, dtype=BF16),
+        normal(1, 256, scale=0.1),
+        normal(2, tokens, WIDTH, dtype=BF16),
+    )
     outs = lambda: (
         jaxmoe.Routing(jnp.zeros((tokens, 9), F32), jnp.zeros((tokens, 9), jnp.int32), jnp.zeros(257, jnp.int32)),
         jnp.zeros((tokens * 9, WIDTH), BF16),
@@ -163,4 +171,6 @@ def test_default_implementation_is_pallas() -> None:
 def test_arrays_on_two_devices_are_refused() -> None:
     cpu = jax.devices("cpu")[0]
     with pytest.raises(ValueError, match=r"bias: expected the device of logits"):
-        jaxmoe.route(jax.device_put(normal(0, 4, 256), jax.devices()[0]), jax.device_put(normal(1, 256), cpu), config=V3)
+        jaxmoe.route(
+            jax.device_put(normal(0, 4, 256), jax.devices()[0]), jax.device_put(normal(1, 256), cpu), config=V3
+        )

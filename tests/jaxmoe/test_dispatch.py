@@ -115,9 +115,7 @@ def test_gradients(dtype: Any, implementation: str) -> None:
     assert (drows.dtype, dweights.dtype) == (dtype, weights.dtype)
     exact = np.asarray(up, np.float64)
     oracle.same(drows, np.einsum("rtj,tj,th->rh", moves, np.asarray(weights, np.float64), exact), **rounding(dtype))
-    oracle.same(
-        dweights, np.einsum("rtj,rh,th->tj", moves, np.asarray(rows, np.float64), exact), rtol=1e-5, atol=1e-5
-    )
+    oracle.same(dweights, np.einsum("rtj,rh,th->tj", moves, np.asarray(rows, np.float64), exact), rtol=1e-5, atol=1e-5)
 
 
 def test_vmap_and_jit(implementation: str) -> None:
@@ -129,7 +127,9 @@ def test_vmap_and_jit(implementation: str) -> None:
     @jax.vmap
     def there_and_back(experts: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
         p = plan(experts)
-        return jaxmoe.combine(jaxmoe.dispatch(x, p, implementation=implementation), p, weights, implementation=implementation)
+        return jaxmoe.combine(
+            jaxmoe.dispatch(x, p, implementation=implementation), p, weights, implementation=implementation
+        )
 
     want = np.asarray(weights, np.float64).sum(axis=2)[:, :, None] * np.asarray(x, np.float64)
     oracle.same(there_and_back(experts, x, weights), want, rtol=1e-5, atol=1e-5)
@@ -163,7 +163,10 @@ X, ROWS, WEIGHTS = normal(0, 5, 8), normal(1, PLAN.slots.shape[0], 8), normal(2,
         (lambda: jaxmoe.combine(ROWS[1:], PLAN, WEIGHTS), r"rows: expected .*, got float32"),
         (lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS[:, :1]), r"weights: expected .*\[5, 2\], got float32\[5, 1\]"),
         (lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS.astype(I32)), r"weights: expected .*, got int32\[5, 2\]"),
-        (lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS, out=X[:, :4]), r"out: expected float32 \[5, 8\], got float32\[5, 4\]"),
+        (
+            lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS, out=X[:, :4]),
+            r"out: expected float32 \[5, 8\], got float32\[5, 4\]",
+        ),
         (lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS, implementation="no"), r"implementation: expected None or one of"),
     ],
 )

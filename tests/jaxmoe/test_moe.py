@@ -17,6 +17,7 @@ from tests.cases import BF16, F32, normal
 
 CONFIG = RoutingConfig(num_experts=8, top_k=3, n_group=4, topk_group=2, routed_scaling_factor=1.5, n_shared_experts=1)
 I32 = jnp.int32
+STEP = 1e-3  # of the finite differences
 ACTIVATIONS: dict[str, Any] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf, otypes=[float])(x / np.sqrt(2))),
@@ -54,7 +55,11 @@ def test_experts(sizes: list[int], activation: str) -> None:
 
 
 def test_experts_in_bfloat16() -> None:
-    rows, gate_up, down = normal(0, 6, 10, dtype=BF16), normal(1, 2, 10, 12, dtype=BF16), normal(2, 2, 6, 10, dtype=BF16)
+    rows, gate_up, down = (
+        normal(0, 6, 10, dtype=BF16),
+        normal(1, 2, 10, 12, dtype=BF16),
+        normal(2, 2, 6, 10, dtype=BF16),
+    )
     got = jaxmoe.experts(rows, gate_up, down, jnp.array([2, 4], I32))
     assert got.dtype == BF16
     exact = np.asarray(rows, np.float64)
@@ -97,18 +102,21 @@ def test_moe_gradients(implementation: str) -> None:
         oracle.same(a, np.asarray(b, np.float64), rtol=1e-3, atol=1e-4)
     dparams, dx = grads[implementation]
     assert not dparams.bias.any()
-    for name, value, grad in (("router", params.router, dparams.router), ("down", params.down, dparams.down), ("x", x, dx)):
+    for name, value, grad in (
+        ("router", params.router, dparams.router),
+        ("down", params.down, dparams.down),
+        ("x", x, dx),
+    ):
         direction = normal(6, *value.shape)
-        step = 1e-3
 
         def moved(sign: float, name: str = name, direction: jax.Array = direction) -> float:
             if name == "x":
-                return float(loss(params, x + sign * step * direction, "xla"))
+                return float(loss(params, x + sign * STEP * direction, "xla"))
             changed = jax.tree.map(lambda a: a, params)
-            setattr(changed, name, getattr(params, name) + sign * step * direction)
+            setattr(changed, name, getattr(params, name) + sign * STEP * direction)
             return float(loss(changed, x, "xla"))
 
-        numeric = (moved(1) - moved(-1)) / (2 * step)
+        numeric = (moved(1) - moved(-1)) / (2 * STEP)
         analytic = float(jnp.sum(grad * direction))
         assert abs(numeric - analytic) < 0.02 * max(1.0, abs(analytic)), (name, numeric, analytic)
 
@@ -143,11 +151,17 @@ def test_update_bias_leaves_shared_experts_out() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(3, I32), rate=1.0), r"load: expected at least the 4 routed"),
+        (
+            lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(3, I32), rate=1.0),
+            r"load: expected at least the 4 routed",
+        ),
         (lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(4), rate=1.0), r"load: expected int32 \[E\], got float32"),
         (lambda: jaxmoe.moe(normal(0, 3, 17), params_for(CONFIG), CONFIG), r"params.router: expected .*\[8, 17\]"),
         (lambda: jaxmoe.moe(normal(0, 3, 16), {}, CONFIG), r"params: expected MoEParams, got dict"),
-        (lambda: jaxmoe.moe(normal(0, 3, 16, dtype=BF16), params_for(CONFIG), CONFIG), r"params.gate_up: expected bfloat16"),
+        (
+            lambda: jaxmoe.moe(normal(0, 3, 16, dtype=BF16), params_for(CONFIG), CONFIG),
+            r"params.gate_up: expected bfloat16",
+        ),
         (
             lambda: jaxmoe.moe(normal(0, 3, 16), params_for(RoutingConfig(num_experts=8, top_k=3)), CONFIG),
             r"params.gate_up: expected float32 \[9, 16, 2 \* I\], got float32\[8, 16, 12\]",

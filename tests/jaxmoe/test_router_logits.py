@@ -27,7 +27,9 @@ def test_every_pair_of_dtypes(dtype: Any, weight_dtype: Any, implementation: str
             oracle.same(wrong, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "experts", "width"), [(0, 4, 8), (1, 1, 1), (1, 160, 16), (70, 3, 257), (17, 72, 40)])
+@pytest.mark.parametrize(
+    ("count", "experts", "width"), [(0, 4, 8), (1, 1, 1), (1, 160, 16), (70, 3, 257), (17, 72, 40)]
+)
 def test_shapes(count: int, experts: int, width: int, implementation: str) -> None:
     """No tokens, one of each, sides that are no multiple of a tile."""
     x, weight = normal(0, count, width), normal(1, experts, width)
