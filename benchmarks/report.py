@@ -17,10 +17,11 @@ def table(data: dict[str, Any]) -> str:
     """The results as a Markdown table: ours, the floor, and each peer with its time over ours."""
     machine = data["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    copy, empty = machine["copy_bytes_per_second"] / 1e12, machine["empty_launch_us"]
     lines = [
-        f"{machine['gpu']}, driver {machine['driver']}, {versions}; commit {machine['commit']}, {machine['date'][:10]}. "
-        f"Microseconds a call, medians inside a CUDA graph. Floor: bytes over the card's measured copy bandwidth "
-        f"({machine['copy_bytes_per_second'] / 1e12:.2f} TB/s), or an empty launch ({machine['empty_launch_us']:.2f}).",
+        f"{machine['gpu']}, driver {machine['driver']}, {versions}; commit {machine['commit']}, {machine['date'][:10]}.",
+        "Microseconds a call, medians inside a CUDA graph, inputs rotated. Floor: bytes over the card's measured copy",
+        f"bandwidth ({copy:.2f} TB/s), or an empty launch ({empty:.2f}) where that is more.",
         "",
         "| operation | tokens | jaxmoe | floor | peers (their time over ours) |",
         "|---|---:|---:|---:|---|",

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
-from kernels_pallas.score import EXCLUDED, decode, encode, plus_zero, score, unscaled_weights
+from kernels_pallas.score import EXCLUDED, NAN_KEY, encode, plus_zero, score, unscaled_weights
+from kernels_pallas.select import keep_groups, top_k
 
 
 @dataclass(frozen=True)
@@ -51,48 +52,87 @@ class Rule:
 class Config:
     tokens: int  # of one program
     num_warps: int
+    lanes: int  # of a warp
 
 
 def config_for(num_tokens: int, rule: Rule, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del num_tokens, rule, dtype, target
-    return Config(tokens=1, num_warps=1)
+    del num_tokens, rule, dtype
+    return Config(tokens=1, num_warps=1, lanes=64 if target == "rocm" else 32)
 
 
-def _pick(key: jax.Array, k: int, num_slots: int, size: int, padded_size: int) -> jax.Array:
-    """ids [R, num_slots] of the k largest keys [R, N] in falling order, a tie to the lower index; the rest 0."""
-    rows, n = key.shape
-    index, slot = iota((rows, n), 1), iota((rows, num_slots), 1)
-    ids = jnp.zeros((rows, num_slots), jnp.int32)
-    for j in range(k):
-        top = jnp.max(key, axis=1, keepdims=True)
-        at = jnp.min(jnp.where(key == top, index, n), axis=1, keepdims=True)
-        key = jnp.where(index == at, EXCLUDED, key)
-        ids = jnp.where(slot == j, at, ids)
-    if size != padded_size:  # position in the padded tile -> expert
-        ids = (ids // padded_size) * size + ids % padded_size
-    return ids
+def _route_token(
+    logits_ref: Any,
+    bias_ref: Any | None,
+    valid_ref: Any | None,
+    weights_ref: Any,
+    experts_ref: Any,
+    row: jax.Array,
+    *,
+    rule: Rule,
+    config: Config,
+    num_tokens: int,
+    column: int,
+) -> None:
+    k, softmax = rule.top_k, rule.scoring_func == "softmax"
+    grouped = rule.n_group > rule.topk_group
+    n_group = rule.n_group if grouped else 1
+    size = rule.num_experts // n_group
+    groups, padded = next_power_of_2(n_group), next_power_of_2(size)
+    # Softmax keeps the order of the logits, so without a bias they are the choice: finer than scores in float32, which
+    # round different logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
+    by_logit = softmax and bias_ref is None and not (grouped and rule.group_score == "top2")
 
+    tile, flat = (1, groups, padded), (1, groups * padded)
+    expert = iota(tile, 1) * size + iota(tile, 2)
+    is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
+    x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
 
-def _keep_groups(key: jax.Array, rule: Rule) -> jax.Array:
-    """key [R, G, size] with every key outside the best `topk_group` groups excluded."""
-    rows, groups, _ = key.shape
-    top = jnp.max(key, axis=2)
-    if rule.group_score == "top2" and rule.num_experts > rule.n_group:
-        at_top = key == top[:, :, None]
-        again = jnp.sum(at_top, axis=2, dtype=jnp.int32) > 1
-        second = jnp.where(again, top, jnp.max(jnp.where(at_top, EXCLUDED, key), axis=2))
-        # The sum of two numbers is a number or, inf - inf, NaN; a second choice that is NaN makes the sum NaN.
-        group = encode(plus_zero(decode(top) + decode(second)))
+    row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
+    choice = x
+    if softmax and not (by_logit and rule.renormalize):
+        low = jnp.where(is_expert, x, -jnp.inf).reshape(flat)
+        row_max = jnp.max(low, axis=1, keepdims=True)
+        exp = jnp.where(is_expert.reshape(flat), jnp.exp(low - row_max), 0.0)
+        row_sum = jnp.sum(exp, axis=1, keepdims=True)
+        choice = (exp / row_sum).reshape(tile)
+    if by_logit:
+        key = encode(plus_zero(x))
+        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
+        seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(flat)
+        row_sum += jnp.where(jnp.abs(jnp.max(seen, axis=1, keepdims=True)) == jnp.inf, jnp.nan, 0.0)
+        key = jnp.where((row_sum != row_sum)[:, :, None], NAN_KEY, key)
     else:
-        group = top
-    g = iota((rows, groups), 1)
-    group = jnp.where(g < rule.n_group, group, EXCLUDED)
-    # How many groups beat each one, all at once: a chain of argmaxes would be topk_group reductions long.
-    mine, theirs = group[:, :, None], group[:, None, :]
-    beats = (theirs > mine) | ((theirs == mine) & (iota((1, groups, groups), 2) < iota((1, groups, groups), 1)))
-    kept = jnp.sum(beats, axis=2, dtype=jnp.int32) < rule.topk_group
-    return jnp.where(kept[:, :, None], key, EXCLUDED)
+        if not softmax:
+            choice = score(x, rule.scoring_func)
+        if bias_ref is not None:
+            choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
+        key = encode(choice)
+    key = jnp.where(is_expert, key, EXCLUDED)
+    if grouped:
+        key = keep_groups(key, n_group, rule.topk_group, top2=rule.group_score == "top2" and size > 1)
+
+    slots = next_power_of_2(rule.num_slots)
+    spare_bits = 13 if by_logit and logits_ref.dtype != jnp.float32 else 0  # float16 leaves 13 bits of a float32 alone
+    ids = top_k(key.reshape(flat), k, slots, lanes=config.lanes, spare_bits=spare_bits)
+    if size != padded:  # position in the padded tile -> expert
+        ids = (ids // padded) * size + ids % padded
+
+    slot, in_buffer = iota((1, slots), 1), row < num_tokens
+    chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
+    weights = rule.scale * unscaled_weights(
+        chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
+    )
+    if rule.n_shared:
+        shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
+        ids = jnp.where(slot < k, ids, shared)
+        weights = jnp.where(slot < k, weights, rule.shared_weight)
+    if valid_ref is not None:
+        is_valid = row < valid_ref[0]
+        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+    written = in_buffer & (slot < rule.num_slots)
+    store(weights_ref.at[row, slot], weights, mask=written)
+    store(experts_ref.at[row, slot], ids, mask=written)
 
 
 def _route_kernel(
@@ -106,76 +146,19 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    k = rule.top_k
-    grouped = rule.n_group > rule.topk_group
-    n_group = rule.n_group if grouped else 1
-    size = rule.num_experts // n_group
-    groups, padded = next_power_of_2(n_group), next_power_of_2(size)
-    softmax = rule.scoring_func == "softmax"
-    # Softmax keeps the order of the logits, so without a bias they are the choice: finer than scores in float32, which
-    # round different logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
-    by_logit = softmax and not has_bias and not (grouped and rule.group_score == "top2")
-
-    tile = (1, groups, padded)
-    expert = iota(tile, 1) * size + iota(tile, 2)
-    is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
-
-    def route_token(row: jax.Array) -> None:
-        x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(
-            jnp.float32
-        )
-
-        row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
-        p = x
-        if softmax and not (by_logit and rule.renormalize):
-            low = jnp.where(is_expert, x, -jnp.inf).reshape(1, groups * padded)
-            row_max = jnp.max(low, axis=1, keepdims=True)
-            exp = jnp.where(is_expert.reshape(low.shape), jnp.exp(low - row_max), 0.0)
-            row_sum = jnp.sum(exp, axis=1, keepdims=True)
-            p = (exp / row_sum).reshape(tile)
-        if by_logit:
-            key = encode(plus_zero(x))
-            # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
-            seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(1, groups * padded)
-            most = jnp.max(seen, axis=1, keepdims=True)
-            row_sum = row_sum + jnp.where(jnp.abs(most) == jnp.inf, jnp.nan, 0.0)
-            key = jnp.where((row_sum != row_sum)[:, :, None], EXCLUDED + 1, key)
-        else:
-            choice = p if softmax else score(x, rule.scoring_func)
-            if bias_ref is not None:
-                choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
-            key = encode(choice)
-        key = jnp.where(is_expert, key, EXCLUDED)
-
-        if grouped:
-            key = _keep_groups(key, rule)
-        slots = next_power_of_2(rule.num_slots)
-        ids = _pick(key.reshape(1, groups * padded), k, slots, size, padded)
-
-        slot = iota((1, slots), 1)
-        in_buffer = row < num_tokens
-        chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
-        weights = rule.scale * unscaled_weights(
-            chosen,
-            slot < k,
-            scoring_func=rule.scoring_func,
-            renormalize=rule.renormalize,
-            row_max=row_max,
-            row_sum=row_sum,
-        )
-        if rule.n_shared:
-            shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
-            ids = jnp.where(slot < k, ids, shared)
-            weights = jnp.where(slot < k, weights, rule.shared_weight)
-        if valid_ref is not None:
-            is_valid = row < valid_ref[0]
-            ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
-        written = in_buffer & (slot < rule.num_slots)
-        store(weights_ref.at[row, slot], weights, mask=written)
-        store(experts_ref.at[row, slot], ids, mask=written)
-
     for i in range(config.tokens):
-        route_token(pl.program_id(0) * config.tokens + i)
+        _route_token(
+            logits_ref,
+            bias_ref,
+            valid_ref,
+            weights_ref,
+            experts_ref,
+            pl.program_id(0) * config.tokens + i,
+            rule=rule,
+            config=config,
+            num_tokens=num_tokens,
+            column=column,
+        )
 
     if load_ref:  # cleared here for the launch that counts
         ids_padded = next_power_of_2(rule.num_ids)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 SCORING_FUNCS = ("sigmoid", "softmax", "sqrtsoftplus")
 
-# Keys are int32 because Triton turns an integer maximum across a warp into one `redux` instruction.
 EXCLUDED = -(2**31)  # below everything: not a candidate
-NAN_KEY = EXCLUDED + 1  # below every number; the key of -inf is larger still
+NAN_KEY = EXCLUDED + (1 << 22)  # below every number, and apart from EXCLUDED in its high bits too: see select.top_k
 
 
 def encode(x: jax.Array) -> jax.Array:
