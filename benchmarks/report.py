@@ -19,7 +19,8 @@ def table(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     copy, empty = machine["copy_bytes_per_second"] / 1e12, machine["empty_launch_us"]
     lines = [
-        f"{machine['gpu']}, driver {machine['driver']}, {versions}; commit {machine['commit']}, {machine['date'][:10]}.",
+        f"{machine['gpu']}, driver {machine['driver']}, {versions}; {machine['note']}.",
+        f"Commit {machine['commit']}, {machine['date'][:10]}.",
         "Microseconds a call, medians inside a CUDA graph, inputs rotated. Floor: bytes over the card's measured copy",
         f"bandwidth ({copy:.2f} TB/s), or an empty launch ({empty:.2f}) where that is more.",
         "",
