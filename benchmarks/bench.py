@@ -35,7 +35,6 @@ def _machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "driver": driver.stdout.strip(),
         "versions": versions | peers.versions(),
-        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -47,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=None, help="the JSON file to write (default: benchmarks/results)"
     )
+    parser.add_argument("--commit", default=_commit(), help="what was measured (default: git describe)")
+    parser.add_argument("--note", default="peers as installed", help="kept with the results, such as the peers' source")
     arguments = parser.parse_args(argv)
     try:
         import torch
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     machine = _machine()
     bandwidth, empty = timing.copy_bandwidth(), timing.empty_launch()
+    machine |= {"commit": arguments.commit, "note": arguments.note}
     machine |= {"copy_bytes_per_second": bandwidth, "empty_launch_us": empty}
     print(f"{machine['gpu']}, driver {machine['driver']}, {machine['versions']}, commit {machine['commit']}")
     print(

@@ -23,7 +23,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def _experts(
     rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, activation: str
 ) -> jax.Array:
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes, preferred_element_type=jnp.float32)
+    # By default a GPU multiplies float32 with 10 bits of mantissa.
+    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    product = functools.partial(
+        jax.lax.ragged_dot, group_sizes=group_sizes, precision=precision, preferred_element_type=jnp.float32
+    )
     gate, up = jnp.split(product(rows, gate_up), 2, axis=1)
     hidden = (ACTIVATIONS[activation](gate) * up).astype(rows.dtype)
     # Past the last group ragged_dot leaves zeros on some backends and anything on others.
