@@ -125,6 +125,6 @@ class _Function(torch.autograd.Function):
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.is_contiguous() and is_aligned(gradient):
+    if gradient.is_contiguous() and is_aligned(gradient) and not gradient.is_neg():
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)

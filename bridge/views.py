@@ -195,7 +195,7 @@ def _import_columns(name: str, tensor: torch.Tensor) -> Columns:
     stored = tensor.untyped_storage().nbytes() // size
     least = max(0, offset + height * stride - stored)
     first = least + (tensor.data_ptr() // size - least) % (align // size)
-    if first > min(offset, stride - width):
+    if tensor.data_ptr() % size or first > min(offset, stride - width):
         raise ValueError(
             f"{name}: expected columns of rows that lie in the storage from a multiple of {align} bytes on, got "
             f"{list(tensor.shape)} with strides {tensor.stride()} at {tensor.data_ptr():#x}; pass {name}.contiguous()"

@@ -11,6 +11,7 @@ decodes Pallas' bytecode and, before jax 0.11.1, the name of Pallas' custom call
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import subprocess
@@ -65,8 +66,8 @@ class Report:
     """What a compiled kernel takes.
 
     `registers` are those of a thread (vector registers on ROCm). `spills` says what did not fit into them: on CUDA the
-    bytes of a thread's stack frame, which holds nothing else as Triton declares no local arrays; on ROCm the number of
-    registers. Both are 0 exactly where nothing was spilled.
+    instructions that load or store local memory (Triton declares no local arrays; the stack frame that the cubin names
+    is no measure, some frames are never touched), on ROCm the number of registers.
     """
 
     machine_code_bytes: int
@@ -170,12 +171,15 @@ def _code_bytes(elf: bytes) -> int:
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack frame) of a cubin's kernel."""
+    """(registers, instructions that touch local memory) of a cubin's kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name]).stdout
+        code = run([knobs.nvidia.nvdisasm.path, "-c", file.name]).stdout
+    if "EXIT" not in code:
+        raise RuntimeError(f"nvdisasm printed no instructions: {code[:200]!r}")
+    return _number(r"REG:(\d+)", usage), len(re.findall(r"\b(?:STL|LDL)\b", code))

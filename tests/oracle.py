@@ -26,10 +26,13 @@ def falling(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, axis=-1, kind="stable")
 
 
-def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether a > b is beyond what float32 may round away. An exact tie is decided too: by the tie rule."""
+def gap(a: np.ndarray, b: np.ndarray, units: int) -> np.ndarray:
+    """Whether a > b is beyond what float32 may round away: so many units in the last place.
+
+    An exact tie is decided too: by the tie rule.
+    """
     with np.errstate(invalid="ignore"):
-        close = np.abs(a - b) <= 8 * FLOAT32 * np.maximum(np.abs(a), np.abs(b)) + 1e-36
+        close = np.abs(a - b) <= units * (FLOAT32 * np.maximum(np.abs(a), np.abs(b)) + 1e-37)
     return ~close | (a == b) | ~np.isfinite(a) | ~np.isfinite(b)
 
 
@@ -39,8 +42,10 @@ def route(logits: Any, bias: Any, config: RoutingConfig) -> tuple[np.ndarray, np
     tokens, experts = x.shape
     score_ = score(x, config.scoring_func)
     choice = score_ if bias is None else score_ + np.asarray(bias).astype(np.float64)
+    units = 8
     if config.scoring_func == "softmax" and bias is None and config.group_score != "top2":
         choice = np.where(np.isnan(score_), np.nan, x)  # the same order, also where float64 underflows
+        units = 0  # a logit is not computed, so not rounded
     decided = np.ones(tokens, bool)
     reach = np.ones(choice.shape, bool)
     if config.n_group > config.topk_group:
@@ -51,7 +56,7 @@ def route(logits: Any, bias: Any, config: RoutingConfig) -> tuple[np.ndarray, np
             group = best[:, :, : 2 if top2 else 1].sum(axis=2)
         order = falling(group)
         ranked = np.take_along_axis(group, order, axis=1)
-        decided &= gap(ranked[:, config.topk_group - 1], ranked[:, config.topk_group])
+        decided &= gap(ranked[:, config.topk_group - 1], ranked[:, config.topk_group], units)
         kept = np.zeros(group.shape, bool)
         np.put_along_axis(kept, order[:, : config.topk_group], True, axis=1)
         reach = np.repeat(kept, experts // config.n_group, axis=1)
@@ -62,7 +67,7 @@ def route(logits: Any, bias: Any, config: RoutingConfig) -> tuple[np.ndarray, np
     ranked = np.take_along_axis(choice, order, axis=1)
     in_reach = np.take_along_axis(reach, order, axis=1)
     for j in range(min(k, experts - 1)):
-        decided &= gap(ranked[:, j], ranked[:, j + 1]) | ~in_reach[:, j + 1]
+        decided &= gap(ranked[:, j], ranked[:, j + 1], units) | ~in_reach[:, j + 1]
     return order[:, :k].astype(np.int32), decided
 
 

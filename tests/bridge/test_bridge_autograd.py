@@ -135,13 +135,14 @@ def test_gradient_of_columns(device: torch.device) -> None:
 
 
 def test_any_gradient_is_taken(device: torch.device) -> None:
-    """Autograd hands over expanded, transposed and unaligned gradients; those are not the user's to mend."""
+    """Autograd hands over expanded, transposed, unaligned and negated gradients; those are not the user's to mend."""
     x = torch.tensor(numbers(5, 32), device=device, requires_grad=True)
     plan = tensors(arguments("dispatch")["plan"], device)
     counts = (plan.rows >= 0).sum(1, keepdim=True).float()
     whole = torch.ones(15 * 32 + 1, device=device)
     expanded, transposed = torch.ones((), device=device).expand(15, 32), torch.ones(32, 15, device=device).T
-    for gradient in (expanded, transposed, whole[1:].view(15, 32)):
+    negated = torch._neg_view(torch.full((15, 32), -1.0, device=device))
+    for gradient in (expanded, transposed, whole[1:].view(15, 32), negated):
         (found,) = torch.autograd.grad(bridge.dispatch(x, plan), x, gradient)
         assert torch.equal(found, counts.expand(5, 32))
 

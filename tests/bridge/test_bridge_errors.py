@@ -76,6 +76,11 @@ WRONG = {
         lambda: {"logits": torch.zeros(4 * 9 + 8).as_strided((5, 8), (9, 1))},
         r"logits: expected columns of rows that lie in the storage .* strides \(9, 1\)",
     ),
+    "logits between elements": (
+        "route",
+        lambda: {"logits": torch.frombuffer(bytearray(321), dtype=torch.float32, offset=1).view(5, 16)[:, :8]},
+        r"logits: expected columns of rows that lie in the storage .* pass logits.contiguous\(\)",
+    ),
     "bias shape": ("route", lambda: {"bias": torch.zeros(9)}, r"bias: expected .*\[8\], got float32\[9\]"),
     "bias unaligned": (
         "route",
