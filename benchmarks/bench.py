@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,29 +11,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
+def _said(*command: str) -> str:
+    """What a command prints, or "unknown"."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
 def _machine() -> dict[str, Any]:
     import torch
+    import triton
 
     from benchmarks import peers
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "triton")}
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip(),
-        "versions": versions | peers.versions(),
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "triton": triton.__version__}
+        | peers.versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=None, help="the JSON file to write (default: benchmarks/results)"
     )
-    parser.add_argument("--commit", default=_commit(), help="what was measured (default: git describe)")
+    parser.add_argument("--commit", default=None, help="what is measured (default: git describe)")
     parser.add_argument("--note", default="peers as installed", help="kept with the results, such as the peers' source")
     arguments = parser.parse_args(argv)
     try:
@@ -59,12 +60,17 @@ def main(argv: list[str] | None = None) -> int:
             "bench needs a CUDA or ROCm GPU that torch sees: here is none, so there is nothing to time", file=sys.stderr
         )
         return 2
-    from benchmarks import operations, timing
+    from benchmarks import native, operations, timing
+    from kernels_pallas.targets import TARGETS
 
+    if (target := native.target_here()) not in TARGETS:
+        print(f"bench knows the targets {', '.join(TARGETS)}: this GPU is {target}", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     machine = _machine()
     bandwidth, empty = timing.copy_bandwidth(), timing.empty_launch()
-    machine |= {"commit": arguments.commit, "note": arguments.note}
+    commit = arguments.commit or _said("git", "describe", "--always", "--dirty")
+    machine |= {"commit": commit, "note": arguments.note}
     machine |= {"copy_bytes_per_second": bandwidth, "empty_launch_us": empty}
     print(f"{machine['gpu']}, driver {machine['driver']}, {machine['versions']}, commit {machine['commit']}")
     print(

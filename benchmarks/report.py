@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,10 @@ def table(data: dict[str, Any]) -> str:
 
 def draw(data: dict[str, Any], target: Path) -> None:
     """Time over tokens: ours, the peers', and the floor."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 3.9), layout="constrained")
+    figure = Figure(figsize=(15, 3.9), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
     colors = {"jaxmoe": "#0b6e4f", "FlashInfer": "#c77d0a"}
     for axis, panel in zip(axes, PANELS, strict=True):
         records = [r for r in data["results"] if r["operation"] == panel]
@@ -64,8 +62,9 @@ def draw(data: dict[str, Any], target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draws the picture and puts the table between the README's marks."""
-    (source,) = argv if argv is not None else sys.argv[1:]
-    data = json.loads(Path(source).read_text())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("result", type=Path, help="a JSON file that `python -m jaxmoe bench` wrote")
+    data = json.loads(parser.parse_args(argv).result.read_text())
     draw(data, PICTURE)
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)

@@ -2,8 +2,9 @@
 
 JAX sets up and compiles a derivative once for each function, options and shapes. What the backward pass needs of a
 call's inputs and results is saved as torch saves tensors: the memory is shared, and torch notices where one is written
-to in between. Only what else it needs is kept in JAX. Gradients are views too, with one exception: autograd may hand
-over a gradient that is no dense array, as the expanded scalar that `sum` leaves, and that is made dense.
+to in between. What else it needs is saved as views of JAX's memory, which goes when the backward pass has run.
+Gradients are views too, with one exception: autograd may hand over a gradient that is no dense array, as the expanded
+scalar that `sum` leaves, and that is made dense.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from bridge.views import export_array, import_leaf, import_tensor, is_aligned
 from jaxmoe.arguments import base, dense
+from jaxmoe.implementation import check_implementation
 
 Compiled = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -87,28 +89,36 @@ def run(
         if value.__hash__ is None:
             raise ValueError(f"{name}: expected a hashable value, got {type(value).__name__}")
     compiled = _compile(function, structure, frozenset(options.items()), wanted)
+    check = functools.partial(check_implementation, options.get("implementation"))
     how = [(name, name in strided) for name, _ in named]
     # Autograd must not count on a gradient of what gets none.
     spared = lambda i, leaf: isinstance(leaf, torch.Tensor) and i not in wanted
     leaves = [leaf.detach() if spared(i, leaf) else leaf for i, (_, leaf) in enumerate(named)]
-    results_structure, *results = _Function.apply(compiled, how, wanted, *leaves)
+    results_structure, *results = _Function.apply(compiled, check, how, wanted, *leaves)
     return jax.tree.unflatten(results_structure, results)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, compiled: Compiled, how: list[tuple[str, bool]], wanted: tuple[int, ...], *leaves: Any
+        ctx: Any,
+        compiled: Compiled,
+        check: Callable[..., None],
+        how: list[tuple[str, bool]],
+        wanted: tuple[int, ...],
+        *leaves: Any,
     ) -> tuple[Any, ...]:
         forward, ctx.backward_of = compiled
         arrays = [import_leaf(name, leaf, strided) for (name, strided), leaf in zip(how, leaves, strict=True)]
-        answer, ctx.pull = forward(arrays)
+        check(*arrays)  # jaxmoe will see tracers, which lie nowhere
+        answer, pull = forward(arrays)
         answer, structure = jax.tree.flatten(answer)
         results = [export_array(array) for array in answer]
         known = dict(enumerate([*leaves, *results]))
-        used = [value.index for value in jax.tree.leaves(ctx.pull, is_leaf=_is_known) if _is_known(value)]
+        used = [value.index for value in jax.tree.leaves(pull, is_leaf=_is_known) if _is_known(value)]
         ctx.used = list(dict.fromkeys(used))
-        ctx.save_for_backward(*(known[i] for i in ctx.used))
+        kept, ctx.pull = jax.tree.flatten(pull)
+        ctx.save_for_backward(*(known[i] for i in ctx.used), *map(export_array, kept))
         ctx.how = how + [("result", False)] * len(results)
         ctx.wanted, ctx.num_leaves = wanted, len(leaves)
         ctx.floats = [i for i, result in enumerate(results) if result.is_floating_point()]
@@ -117,11 +127,12 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: None, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = zip(ctx.used, ctx.saved_tensors, strict=True)
-        known = {i: import_leaf(ctx.how[i][0], tensor, ctx.how[i][1]) for i, tensor in saved}
+        saved = iter(ctx.saved_tensors)
+        known = {i: import_leaf(ctx.how[i][0], next(saved), ctx.how[i][1]) for i in ctx.used}
+        pull = jax.tree.unflatten(ctx.pull, [import_tensor("saved", tensor) for tensor in saved])
         arrays = [import_tensor("gradient", _dense(gradients[i])) for i in ctx.floats]
-        results = dict(zip(ctx.wanted, map(export_array, ctx.backward_of(ctx.pull, known, arrays)), strict=True))
-        return None, None, None, *(results.get(i) for i in range(ctx.num_leaves))
+        results = dict(zip(ctx.wanted, map(export_array, ctx.backward_of(pull, known, arrays)), strict=True))
+        return None, None, None, None, *(results.get(i) for i in range(ctx.num_leaves))
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,8 @@ def route(
     """
     if not isinstance(config, RoutingConfig):
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
+    if not isinstance(return_load, bool):
+        raise ValueError(f"return_load: expected a bool, got {return_load!r}")
     check_array("logits", logits, ("T", config.num_experts))
     if bias is not None:
         check_array("bias", bias, (config.num_experts,))

@@ -227,6 +227,7 @@ OUT = (jnp.zeros((3, 4)), jnp.zeros((3, 4), I32), jnp.zeros(24, I32))
         (bad(bias=normal(0, 23)), r"bias: expected .*\[24\], got float32\[23\]"),
         (bad(bias=jnp.zeros(24, I32)), r"bias: expected bfloat16 or float16 or float32 \[24\], got int32\[24\]"),
         (bad(config="deepseek-v3"), r"config: expected a RoutingConfig, got str"),
+        (bad(return_load="no"), r"return_load: expected a bool, got 'no'"),
         (bad(num_valid_tokens=4), r"num_valid_tokens: expected 0 to T=3, got 4"),
         (bad(num_valid_tokens=-1), r"num_valid_tokens: expected 0 to T=3, got -1"),
         (bad(num_valid_tokens=jnp.zeros(3, I32)), r"num_valid_tokens: expected int32 \[\], got int32\[3\]"),
