@@ -47,7 +47,7 @@ def time_graph(call: Callable[[int], object], *, calls: int = 20, replays: int =
 
 
 def input_sets(bytes_of_one: int, *, calls: int = 20, beyond: int = 160 << 20) -> int:
-    """How many copies of the inputs to rotate through, at most `calls`: enough to pass the cache, where that suffices."""
+    """How many copies of the inputs to rotate through, at most `calls`: past the cache where that suffices."""
     return max(2, min(calls, -(-beyond // max(bytes_of_one, 1))))
 
 

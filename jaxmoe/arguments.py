@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -16,8 +17,8 @@ FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 class Columns:
     """A view of `width` columns of a wider array [T, stride], from `first` on: rows that are strided, without a copy.
 
-    `route`, `router_logits`, `dispatch` and `combine` take one wherever they take a two-dimensional array to read. The
-    GPU kernels read the columns in place; XLA may copy them.
+    Taken for `route`'s logits, `router_logits`' x, `dispatch`'s x and `combine`'s rows. The GPU kernels read the columns
+    in place; XLA may copy them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmoe
@@ -59,22 +60,27 @@ def dense(x: Rows) -> jax.Array:
 
 
 def _describe(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{jnp.dtype(value.dtype).name}{list(value.shape)}"
-    return repr(value)
+    return f"{value.dtype}{list(value.shape)}"
 
 
-def check_array(name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[Any] = FLOATS) -> None:
-    """Raises ValueError unless `value` is an array of one of `dtypes` with that shape; a letter stands for any size."""
+def check_array(
+    name: str, value: Any, shape: Sequence[int | str], dtypes: Sequence[Any] = FLOATS, *, columns: bool = False
+) -> None:
+    """Raises ValueError unless `value` is an array of one of `dtypes` with that shape; a letter stands for any size.
+
+    Only with `columns` may it be a `Columns` view.
+    """
     names = " or ".join(jnp.dtype(d).name for d in dtypes)
     wanted = f"{names} [{', '.join(map(str, shape))}]"
-    is_array = isinstance(value, (jax.Array, Columns)) or (hasattr(value, "shape") and hasattr(value, "dtype"))
-    if not is_array:
+    if columns and isinstance(value, Columns):
+        check_array(name, value.array, ("T", "stride"), dtypes)
+        first, width = value.first, value.width
+        if type(first) is not int or type(width) is not int or not 0 <= first <= first + width <= value.array.shape[1]:
+            raise ValueError(
+                f"{name}: expected columns inside {_describe(value.array)}, as ints, got {first=}, {width=}"
+            )
+    elif not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         raise ValueError(f"{name}: expected an array {wanted}, got {type(value).__name__}")
-    if isinstance(value, Columns) and not 0 <= value.first <= value.first + value.width <= value.array.shape[1]:
-        raise ValueError(
-            f"{name}: expected columns inside {_describe(value.array)}, got first={value.first}, width={value.width}"
-        )
     sizes_fit = len(value.shape) == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
     )
@@ -102,7 +108,9 @@ def check_one_device(**arrays: Any) -> None:
 
 
 def check_out(out: Any, arrays: Sequence[Any]) -> None:
-    """Raises ValueError where `out` shares its buffer with an array that is read."""
+    """Raises ValueError where `out` is nothing that JAX can write to, or is an array that is read too."""
     for leaf in jax.tree.leaves(out):
+        if not isinstance(leaf, jax.Array):
+            raise ValueError(f"out: expected a jax.Array to write to, got {type(leaf).__name__}")
         if any(leaf is other for other in jax.tree.leaves(list(arrays))):
             raise ValueError("out: expected a buffer of its own, got an array that is also an input")

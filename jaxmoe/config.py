@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +76,9 @@ class RoutingConfig:
                 raise _fail(name, f"an int from {least} to {most}", value)
         if self.num_experts % self.n_group:
             raise _fail("n_group", f"a divisor of num_experts={self.num_experts}", self.n_group)
+        if self.num_expert_ids > 2 * MAX_EXPERTS:
+            limit = f"at most {2 * MAX_EXPERTS} expert ids, routed and shared"
+            raise _fail("shared_expert_replicas", limit, f"{self.shared_expert_replicas} ({self.num_expert_ids} ids)")
         reach = self.topk_group * (self.num_experts // self.n_group)
         if self.top_k > reach:
             raise _fail("top_k", f"at most the {reach} experts of topk_group={self.topk_group} groups", self.top_k)
@@ -88,8 +90,9 @@ class RoutingConfig:
             if type(getattr(self, name)) is not bool:
                 raise _fail(name, "a bool", getattr(self, name))
         scale = self.routed_scaling_factor
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
-            raise _fail("routed_scaling_factor", "a finite number other than 0", scale)
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not is_number or not 1e-37 <= abs(scale) <= 1e37:
+            raise _fail("routed_scaling_factor", "a number from 1e-37 to 1e37 in size", scale)
 
     @property
     def num_slots(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
 from jaxmoe.config import MAX_EXPERTS
-from jaxmoe.implementation import check_implementation, run
+from jaxmoe.implementation import alike, check_implementation, run
 from jaxmoe.routing import like_rows
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas.dispatch import dispatch as dispatch_kernel
@@ -47,7 +47,7 @@ def _plan(
             experts, expert_map, num_experts=num_experts, align=align, target=target, interpret=interpret
         )
 
-    return DispatchPlan(*run(implementation, kernels, xla, experts, expert_map))
+    return DispatchPlan(*run(implementation, kernels, xla, *alike(experts, expert_map)))
 
 
 def plan_dispatch(
@@ -181,15 +181,18 @@ def _dispatch_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tu
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-_dispatch_jit = jax.jit(_dispatch, static_argnums=(0,), donate_argnums=(4,), keep_unused=True)
+_dispatch_jit = jax.jit(
+    lambda static, *args: _dispatch(static, *alike(*args)), static_argnums=(0,), donate_argnums=(4,), keep_unused=True
+)
 
 
 def check_plan(plan: Any) -> None:
-    """Raises ValueError unless `plan` looks like a DispatchPlan."""
-    if not isinstance(plan, tuple) or len(plan) != 3:
+    """Raises ValueError unless `plan` is a DispatchPlan of arrays as `plan_dispatch` returns them."""
+    if not isinstance(plan, DispatchPlan):
         raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
-    check_array("plan.rows", plan[0], ("T", "S"), (jnp.int32,))
-    check_array("plan.slots", plan[1], ("M",), (jnp.int32,))
+    check_array("plan.rows", plan.rows, ("T", "S"), (jnp.int32,))
+    check_array("plan.slots", plan.slots, ("M",), (jnp.int32,))
+    check_array("plan.group_sizes", plan.group_sizes, ("num_experts",), (jnp.int32,))
 
 
 def dispatch(
@@ -217,7 +220,7 @@ def dispatch(
       [[2.0], [1.0]]
     """
     check_plan(plan)
-    check_array("x", x, (plan.rows.shape[0], "H"))
+    check_array("x", x, (plan.rows.shape[0], "H"), columns=True)
     if out is not None:
         check_array("out", out, (plan.slots.shape[0], x.shape[1]), (x.dtype,))
         arguments.check_out(out, [x, *plan])
@@ -258,7 +261,9 @@ def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
-_combine_jit = jax.jit(_combine, static_argnums=(0,), donate_argnums=(5,), keep_unused=True)
+_combine_jit = jax.jit(
+    lambda static, *args: _combine(static, *alike(*args)), static_argnums=(0,), donate_argnums=(5,), keep_unused=True
+)
 
 
 def combine(
@@ -292,7 +297,7 @@ def combine(
       [[5.25]]
     """
     check_plan(plan)
-    check_array("rows", rows, (plan.slots.shape[0], "H"))
+    check_array("rows", rows, (plan.slots.shape[0], "H"), columns=True)
     check_array("weights", weights, plan.rows.shape)
     if out is not None:
         check_array("out", out, (plan.rows.shape[0], rows.shape[1]), (rows.dtype,))

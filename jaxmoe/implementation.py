@@ -56,8 +56,37 @@ def check_implementation(implementation: str | None, *args: Any) -> None:
                 raise ValueError(f"implementation: 'pallas' needs arrays on a GPU, got one on {min(platforms)}")
 
 
-def run(implementation: str | None, kernels: Kernels, xla: Callable[..., Any], *args: Any) -> Any:
-    """Calls `kernels` or `xla` on args. None is settled when the computation is lowered, by the platform it is for."""
+def _axes(tree: Any) -> frozenset[Any]:
+    """The mesh axes, under shard_map, that any array of the tree varies over."""
+    return frozenset[Any]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))
+
+
+def _varying(tree: Any, axes: frozenset[Any]) -> Any:
+    """The tree, each array varying over all of `axes`."""
+
+    def vary(leaf: Any) -> Any:
+        missing = axes - jax.typeof(leaf).manual_axis_type.varying
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def alike(*args: Any) -> tuple[Any, ...]:
+    """The arguments, each varying over every mesh axis that one of them varies over, as `run` needs them.
+
+    To be called outside the custom derivatives: then the gradient of an argument that is the same on all devices is
+    summed over them.
+    """
+    return _varying(args, _axes(args))
+
+
+def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any], *args: Any) -> Any:
+    """Calls `kernels` or, for "xla", `plain`. None is settled when the computation is lowered, by its platform."""
+    axes = _axes(args)
+
+    def xla(*args: Any) -> Any:  # an argsort does not vary, for jax, where what it sorts does
+        return _varying(plain(*args), axes)
+
     if implementation == "xla":
         return xla(*args)
     if implementation == "interpret":

@@ -50,7 +50,8 @@ def moe(
       x: [T, H] bfloat16, float16 or float32.
       params: `MoEParams`; gate_up and down in x's dtype.
       config: how to route.
-      num_valid_tokens: tokens at or past this index come out as zeros.
+      num_valid_tokens: tokens at or past this index come out as zeros. (A NaN in their x still reaches the router's
+        gradient, through 0 * NaN: clear the padding where you train.)
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla". The experts'
         matrix products go through `jax.lax.ragged_dot` in each case.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.plan_dispatch import num_rows
 from kernels_pallas.route import Rule
+from kernels_pallas.route_grad import log_score_slope
 
 
 def scores(x: jax.Array, scoring_func: str) -> jax.Array:
@@ -17,7 +18,8 @@ def scores(x: jax.Array, scoring_func: str) -> jax.Array:
         return jax.nn.sigmoid(x)
     if scoring_func == "softmax":
         return jax.nn.softmax(x, axis=1)
-    return jnp.sqrt(jax.nn.softplus(x))
+    # sqrt(log(1 + exp(x))); far below zero exp(x) is too small for float32 long before its root is.
+    return jnp.where(x < -30.0, jnp.exp(0.5 * x), jnp.sqrt(jax.nn.softplus(x)))
 
 
 def _ranking(values: jax.Array) -> jax.Array:
@@ -54,30 +56,47 @@ def _chosen(x: jax.Array, bias: jax.Array | None, rule: Rule) -> jax.Array:
 
 
 def route_weights(x: jax.Array, ids: jax.Array, rule: Rule) -> jax.Array:
-    """float32 weights [T, k] of the chosen ids, differentiable in the float32 logits x [T, E].
+    """float32 weights [T, k] of the chosen ids, for float32 logits x [T, E], before the scaling factor.
 
     Renormalised weights are ratios: dividing every score by the exponential part of the token's largest changes nothing
     in exact arithmetic, and leaves nothing to underflow to 0/0.
     """
-    z = jnp.take_along_axis(x, ids, axis=1)
+    score = jnp.take_along_axis(scores(x, rule.scoring_func), ids, axis=1)
     if not rule.renormalize:
-        return rule.scale * jnp.take_along_axis(scores(x, rule.scoring_func), ids, axis=1)
+        return score
+    z = jnp.take_along_axis(x, ids, axis=1)
+    low = z if rule.scoring_func == "softmax" else jnp.where(jnp.isnan(z), z, jnp.minimum(z, 0.0))
+    top = jnp.max(low, axis=1, keepdims=True)
+    shift = jnp.where(low == top, 0.0, low - top)  # the test spares inf - inf
     if rule.scoring_func == "softmax":
-        whole = jnp.where(jnp.isnan(jax.nn.logsumexp(x, axis=1)) | jnp.any(x == jnp.inf, axis=1), jnp.nan, 0.0)
-        nothing = jnp.all(x == -jnp.inf, axis=1)
-        z = z + jax.lax.stop_gradient(jnp.where(nothing, jnp.nan, whole))[:, None]
-        return rule.scale * jax.nn.softmax(z, axis=1)
-    low = jnp.where(jnp.isnan(z), z, jnp.minimum(z, 0.0))
-    top = jax.lax.stop_gradient(jnp.max(low, axis=1, keepdims=True))
-    infinite = (low == top) & jnp.isinf(low)  # inf - inf would be NaN
-    shift = jnp.where(infinite, 0.0, low) - jnp.where(infinite, 0.0, top)
-    if rule.scoring_func == "sigmoid":
+        ratio = jnp.where(jnp.isnan(score), jnp.nan, jnp.exp(shift))
+    elif rule.scoring_func == "sigmoid":
         ratio = jnp.exp(shift) / (1.0 + jnp.exp(-jnp.abs(z)))
     else:
-        u = jnp.exp(low)
-        softplus = jax.nn.softplus(z)
-        ratio = jnp.exp(0.5 * shift) * jnp.where(u == 0.0, 1.0, jnp.sqrt(softplus / jnp.where(u == 0.0, 1.0, u)))
-    return rule.scale * ratio / jnp.sum(ratio, axis=1, keepdims=True)
+        ratio = jnp.exp(0.5 * shift) * jnp.where(z < -30.0, 1.0, score / jnp.exp(0.5 * low))
+    return ratio / jnp.sum(ratio, axis=1, keepdims=True)
+
+
+def route_grad(x: jax.Array, experts: jax.Array, grad: jax.Array, rule: Rule) -> jax.Array:
+    """The gradient [T, E] of logits x, in their dtype, from experts [T, S] and grad [T, S] of the weights.
+
+    With w the unscaled weights and g the gradient of the scaled ones times the scale:
+    d logit[chosen j] = (g_j - [renormalised] sum_i g_i w_i) * w_j * (log score)'(logit_j).
+    """
+    logits = x.astype(jnp.float32)
+    ids = jnp.maximum(experts[:, : rule.top_k], 0)
+    is_routed = experts[:, : rule.top_k] >= 0
+    weights = jnp.where(is_routed, route_weights(logits, ids, rule), 0.0)
+    g = jnp.where(is_routed, rule.scale * grad[:, : rule.top_k], 0.0)
+    mean = jnp.sum(g * weights, axis=1, keepdims=True)
+    z = jnp.take_along_axis(logits, ids, axis=1)
+    slope = (g - mean if rule.renormalize else g) * weights * log_score_slope(z, rule.scoring_func)
+    total = jnp.zeros(logits.shape, jnp.float32)
+    if rule.scoring_func == "softmax" and not rule.renormalize:
+        total = total - scores(logits, "softmax") * mean
+    token = jnp.arange(logits.shape[0])[:, None]
+    total = total.at[token, ids].add(jnp.where(is_routed, slope, 0.0))
+    return jnp.where(jnp.any(is_routed, axis=1, keepdims=True), total, 0.0).astype(x.dtype)
 
 
 def route(
@@ -87,7 +106,7 @@ def route(
     x = logits.astype(jnp.float32)
     token = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     ids = _chosen(x, bias, rule)
-    weights = route_weights(x, ids, rule)
+    weights = rule.scale * route_weights(x, ids, rule)
     if rule.n_shared:
         shared = rule.num_experts + jnp.arange(rule.n_shared, dtype=jnp.int32) * rule.replicas + token % rule.replicas
         ids = jnp.concatenate([ids, shared], axis=1)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
 from jaxmoe.config import RoutingConfig, rule_for
-from jaxmoe.implementation import check_implementation, run
+from jaxmoe.implementation import alike, check_implementation, run
 from kernels_pallas.count import count_load
 from kernels_pallas.route import Rule
 from kernels_pallas.route import route as route_kernel
@@ -37,6 +38,7 @@ def _forward(
     static: tuple[Rule, bool, str | None], logits: Rows, bias: Any, valid: Any, out: tuple[jax.Array, ...] | None
 ) -> tuple[jax.Array, ...]:
     rule, return_load, implementation = static
+    valid = None if valid is None else jnp.reshape(valid, (1,))
 
     def xla(logits: Rows, bias: Any, valid: Any, out: Any) -> tuple[jax.Array, ...]:
         del out  # the jit boundary donates it
@@ -80,11 +82,7 @@ def _route_bwd(static: Any, saved: Any, cotangents: tuple[Any, ...]) -> tuple[An
     logits, experts = saved
 
     def xla(logits: Rows, experts: jax.Array, grad: jax.Array) -> jax.Array:
-        ids = experts[:, : rule.top_k]
-        routed = (ids >= 0).astype(jnp.float32)
-        weights = lambda x: reference.route_weights(x, jnp.maximum(ids, 0), rule)
-        _, pull = jax.vjp(weights, dense(logits).astype(jnp.float32))
-        return pull(grad[:, : rule.top_k] * routed)[0].astype(logits.dtype)
+        return reference.route_grad(dense(logits), experts, grad, rule)
 
     def kernels(logits: Rows, experts: jax.Array, grad: jax.Array, *, target: str, interpret: bool) -> jax.Array:
         del target
@@ -107,7 +105,9 @@ def like_rows(x: Rows, grad: jax.Array) -> Rows:
 _route.defvjp(_route_fwd, _route_bwd)
 
 # `out` is kept though XLA's implementation does not read it: what is donated must reach the computation.
-_route_jit = jax.jit(_route, static_argnums=(0,), donate_argnums=(4,), keep_unused=True)
+_route_jit = jax.jit(
+    lambda static, *args: _route(static, *alike(*args)), static_argnums=(0,), donate_argnums=(4,), keep_unused=True
+)
 
 
 def route(
@@ -160,7 +160,7 @@ def route(
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
     if not isinstance(return_load, bool):
         raise ValueError(f"return_load: expected a bool, got {return_load!r}")
-    check_array("logits", logits, ("T", config.num_experts))
+    check_array("logits", logits, ("T", config.num_experts), columns=True)
     if bias is not None:
         check_array("bias", bias, (config.num_experts,))
     num_tokens = logits.shape[0]
@@ -177,14 +177,14 @@ def route(
     return Routing(results[0], results[1], results[2] if return_load else None)
 
 
-def check_num_valid(value: Any, num_tokens: int) -> jax.Array:
-    """num_valid_tokens as the kernels take it: int32 [1]."""
+def check_num_valid(value: Any, num_tokens: int) -> jax.Array | np.int32:
+    """num_valid_tokens as an int32 scalar."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value <= num_tokens:
             raise ValueError(f"num_valid_tokens: expected 0 to T={num_tokens}, got {value}")
-        return jnp.full((1,), value, jnp.int32)
+        return np.int32(value)
     check_array("num_valid_tokens", value, (), (jnp.int32,))
-    return jnp.reshape(value, (1,))
+    return value
 
 
 def _check_out(out: Any, num_tokens: int, config: RoutingConfig, return_load: bool) -> tuple[jax.Array, ...]:
@@ -232,7 +232,7 @@ def _router_logits_bwd(static: str | None, saved: Any, grad: jax.Array) -> tuple
 
 
 _router_logits.defvjp(_router_logits_fwd, _router_logits_bwd)
-_router_logits_jit = jax.jit(_router_logits, static_argnums=(0,))
+_router_logits_jit = jax.jit(lambda static, *args: _router_logits(static, *alike(*args)), static_argnums=(0,))
 
 
 def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -260,9 +260,10 @@ def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = No
       >>> jaxmoe.router_logits(jnp.ones((1, 3), jnp.bfloat16), jnp.array([[1.0, 2.0, 3.0], [0.5, 0.0, 0.0]])).tolist()
       [[6.0, 0.5]]
     """
-    check_array("x", x, ("T", "H"))
+    check_array("x", x, ("T", "H"), columns=True)
     check_array("weight", weight, ("E", x.shape[1]))
-    arguments.check_at_least_one("weight", weight, 0)
+    for axis in (0, 1):
+        arguments.check_at_least_one("weight", weight, axis)
     check_implementation(implementation, x, weight)
     arguments.check_one_device(x=x, weight=weight)
     return _router_logits_jit(implementation, x, weight)
@@ -270,9 +271,11 @@ def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = No
 
 @jax.jit
 def _update_bias(bias: jax.Array, load: jax.Array, rate: jax.Array) -> jax.Array:
-    routed = load[: bias.shape[0]].astype(jnp.float32)
-    step = rate * jnp.sign(jnp.mean(routed) - routed)
-    return (bias.astype(jnp.float32) + step).astype(bias.dtype)
+    routed = load[: bias.shape[0]]
+    # In integers: a rounded mean would move the bias of a load that is perfectly even.
+    mean, rest = jnp.divmod(jnp.sum(routed, dtype=jnp.int32), jnp.int32(bias.shape[0]))
+    sign = jnp.where(routed == mean, jnp.sign(rest), jnp.sign(mean - routed))
+    return (bias.astype(jnp.float32) + rate * sign.astype(jnp.float32)).astype(bias.dtype)
 
 
 def update_bias(bias: jax.Array, load: jax.Array, *, rate: float | jax.Array) -> jax.Array:
@@ -300,5 +303,7 @@ def update_bias(bias: jax.Array, load: jax.Array, *, rate: float | jax.Array) ->
     check_array("load", load, ("E",), (jnp.int32,))
     if load.shape[0] < bias.shape[0]:
         raise ValueError(f"load: expected at least the {bias.shape[0]} routed experts of bias, got {load.shape[0]}")
+    if not isinstance(rate, (int, float)):
+        check_array("rate", rate, ())
     arguments.check_one_device(bias=bias, load=load)
     return _update_bias(bias, load, rate)

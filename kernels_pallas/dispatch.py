@@ -40,12 +40,10 @@ def _dispatch_kernel(
     width: int,
     column: int,
     has_scale: bool,
-    aliased: bool,
 ) -> None:
     x_ref, rows_ref, slots_ref, *rest = refs
     scale_ref = rest[0] if has_scale else None
     out_ref = rest[-1]
-    del aliased
     token = pl.program_id(0)
     col = pl.program_id(1) * config.columns + iota((config.columns,), 0)
     in_row = col < width
@@ -112,7 +110,6 @@ def dispatch(
         width=width,
         column=column,
         has_scale=scale is not None,
-        aliased=out is not None,
     )
     return launch(
         kernel,

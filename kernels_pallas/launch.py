@@ -28,19 +28,13 @@ store = plgpu.store
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """0, 1, 2, ... along `axis`. Always int32: under x64 `arange` would make every index 64 bits wide."""
+    """0, 1, 2, ... along `axis`, int32 also under x64."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n = 0): every Triton tensor has such sides."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def barrier(interpret: bool) -> None:
-    """Makes what this program's threads stored visible to each other. The interpreter runs in program order."""
-    if not interpret:
-        plgpu.debug_barrier()
 
 
 def add_at(ref: Any, index: Any, value: jax.Array) -> None:
@@ -75,10 +69,12 @@ def launch(
         kernel(*refs)
 
     named.__name__ = named.__qualname__ = name
+    # Under shard_map the results vary over the mesh axes that the arguments vary over, which the caller made one.
+    kind = jax.typeof(args[0]).manual_axis_type
     call = pl.pallas_call(
         named,
         grid=grid,
-        out_shape=tuple(out_shape),
+        out_shape=tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=kind) for s in out_shape),
         input_output_aliases=dict(aliases or {}),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),

@@ -33,9 +33,7 @@ def log_score_slope(x: jax.Array, scoring_func: str) -> jax.Array:
     return jnp.where(x < -30.0, 0.5, 0.5 / ((1.0 + jnp.exp(-x)) * jnp.where(softplus > 0.0, softplus, 1.0)))
 
 
-def _kernel(
-    logits_ref: Any, experts_ref: Any, grad_ref: Any, out_ref: Any, *, rule: Rule, num_tokens: int, column: int
-) -> None:
+def _kernel(logits_ref: Any, experts_ref: Any, grad_ref: Any, out_ref: Any, *, rule: Rule, column: int) -> None:
     row = pl.program_id(0)
     slots, experts = next_power_of_2(rule.top_k), next_power_of_2(rule.num_experts)
     softmax_all = rule.scoring_func == "softmax" and not rule.renormalize
@@ -86,7 +84,7 @@ def route_grad(
     """The gradient [T, E] of the logits, in their dtype, from experts int32 [T, S] and grad [T, S] of the weights."""
     num_tokens = logits.shape[0]
     return launch(
-        functools.partial(_kernel, rule=rule, num_tokens=num_tokens, column=column),
+        functools.partial(_kernel, rule=rule, column=column),
         logits,
         experts,
         grad,

@@ -43,7 +43,8 @@ def score(x: jax.Array, scoring_func: str) -> jax.Array:
     if scoring_func == "sigmoid":
         return 1.0 / (1.0 + jnp.exp(-x))
     assert scoring_func == "sqrtsoftplus", scoring_func
-    return jnp.sqrt(log1p_exp(x))
+    # Far below zero exp(x) is too small for float32 long before its root is.
+    return jnp.where(x < -30.0, jnp.exp(0.5 * x), jnp.sqrt(log1p_exp(x)))
 
 
 def unscaled_weights(
@@ -68,8 +69,7 @@ def unscaled_weights(
     elif scoring_func == "sigmoid":  # exp(min(x, 0)) / (1 + exp(-|x|))
         ratio = jnp.exp(shift) / (1.0 + jnp.exp(-jnp.abs(x)))
     else:  # sqrt(log(1 + exp(x))) = exp(min(x, 0) / 2) * sqrt(log(1 + exp(x)) / exp(min(x, 0)))
-        u = jnp.exp(exponent)
-        tail = jnp.sqrt(log1p_exp(x) / jnp.where(u > 0.0, u, 1.0))
-        ratio = jnp.exp(0.5 * shift) * jnp.where(u == 0.0, 1.0, tail)
+        tail = jnp.sqrt(log1p_exp(x) / jnp.exp(jnp.maximum(exponent, -30.0)))
+        ratio = jnp.exp(0.5 * shift) * jnp.where(x < -30.0, 1.0, tail)
     ratio = jnp.where(valid, ratio, 0.0)
     return ratio / jnp.sum(ratio, axis=1, keepdims=True) if renormalize else ratio

@@ -36,6 +36,21 @@ def gap(a: np.ndarray, b: np.ndarray, units: int) -> np.ndarray:
     return ~close | (a == b) | ~np.isfinite(a) | ~np.isfinite(b)
 
 
+def separate(values: np.ndarray, count: int, units: int) -> np.ndarray:
+    """Whether float32 must find the same `count` largest in the same order [T].
+
+    Each of them has to be clear of the first strictly lower value: a run of exact ties may hide one just below it.
+    """
+    ranked = np.take_along_axis(values, falling(values), axis=1)
+    clear, lower = np.ones(len(values), bool), np.full(len(values), -np.inf)
+    for rank in range(values.shape[1] - 2, -1, -1):
+        here, behind = ranked[:, rank], ranked[:, rank + 1]
+        lower = np.where(behind < here, behind, lower)
+        if rank < count:
+            clear &= gap(here, lower, units)
+    return clear
+
+
 def route(logits: Any, bias: Any, config: RoutingConfig) -> tuple[np.ndarray, np.ndarray]:
     """(ids [T, k], whether float32 must find the same [T])."""
     x = np.asarray(logits).astype(np.float64)
@@ -55,20 +70,15 @@ def route(logits: Any, bias: Any, config: RoutingConfig) -> tuple[np.ndarray, np
         with np.errstate(invalid="ignore"):
             group = best[:, :, : 2 if top2 else 1].sum(axis=2)
         order = falling(group)
-        ranked = np.take_along_axis(group, order, axis=1)
-        decided &= gap(ranked[:, config.topk_group - 1], ranked[:, config.topk_group], units)
+        decided &= separate(group, config.topk_group, units)
         kept = np.zeros(group.shape, bool)
         np.put_along_axis(kept, order[:, : config.topk_group], True, axis=1)
         reach = np.repeat(kept, experts // config.n_group, axis=1)
     order = falling(choice)
     reach_first = np.argsort(~np.take_along_axis(reach, order, axis=1), axis=1, kind="stable")
     order = np.take_along_axis(order, reach_first, axis=1)
-    k = config.top_k
-    ranked = np.take_along_axis(choice, order, axis=1)
-    in_reach = np.take_along_axis(reach, order, axis=1)
-    for j in range(min(k, experts - 1)):
-        decided &= gap(ranked[:, j], ranked[:, j + 1], units) | ~in_reach[:, j + 1]
-    return order[:, :k].astype(np.int32), decided
+    decided &= separate(np.where(reach, choice, -np.inf), config.top_k, units)
+    return order[:, : config.top_k].astype(np.int32), decided
 
 
 def weights(logits: Any, ids: np.ndarray, config: RoutingConfig) -> np.ndarray:

@@ -142,6 +142,14 @@ def test_update_bias_balances() -> None:
     assert after.min() > 0.8 * 64
 
 
+@pytest.mark.parametrize("num_experts", [7, 13, 14, 256])
+def test_update_bias_leaves_an_even_load_alone(num_experts: int) -> None:
+    even = jnp.full(num_experts, 3, I32)
+    assert not jaxmoe.update_bias(jnp.zeros(num_experts), even, rate=1.0).any()
+    nearly = jaxmoe.update_bias(jnp.zeros(num_experts), even.at[0].add(1), rate=1.0)  # the mean lies in between
+    assert nearly.tolist() == [-1.0] + [1.0] * (num_experts - 1)
+
+
 def test_update_bias_leaves_shared_experts_out() -> None:
     got = jaxmoe.update_bias(jnp.zeros(2), jnp.array([3, 1, 100], I32), rate=0.5)
     assert got.tolist() == [-0.5, 0.5]
@@ -155,6 +163,7 @@ def test_update_bias_leaves_shared_experts_out() -> None:
             lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(3, I32), rate=1.0),
             r"load: expected at least the 4 routed",
         ),
+        (lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(4, I32), rate="a"), r"rate: expected an array .* got str"),
         (lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(4), rate=1.0), r"load: expected int32 \[E\], got float32"),
         (lambda: jaxmoe.moe(normal(0, 3, 17), params_for(CONFIG), CONFIG), r"params.router: expected .*\[8, 17\]"),
         (lambda: jaxmoe.moe(normal(0, 3, 16), {}, CONFIG), r"params: expected MoEParams, got dict"),

@@ -126,7 +126,7 @@ def test_gradient(scoring_func: str, renormalize: bool, implementation: str) -> 
         num_experts=12, top_k=3, scoring_func=scoring_func, renormalize=renormalize, routed_scaling_factor=2.5,
         n_shared_experts=1,
     )  # fmt: skip
-    logits, bias, upstream = normal(0, 4, 12), normal(1, 12) * 0.1, normal(2, 4, 4)
+    logits, bias, upstream = normal(0, 4, 12).at[3].set(jnp.nan), normal(1, 12) * 0.1, normal(2, 4, 4)
 
     def loss(logits: jax.Array, bias: jax.Array) -> jax.Array:
         got = jaxmoe.route(logits, bias, config=config, num_valid_tokens=3, implementation=implementation)
@@ -143,12 +143,18 @@ def test_gradient(scoring_func: str, renormalize: bool, implementation: str) -> 
         oracle.same(jnp.zeros_like(want), np.asarray(want, np.float64), rtol=2e-5, atol=1e-6)
 
 
-def test_gradient_of_scores_that_underflow(implementation: str) -> None:
-    """Renormalised weights of equal logits are 1/k; their gradient is finite where the scores themselves are 0."""
-    config = RoutingConfig(num_experts=8, top_k=4)
-    logits = jnp.full((1, 8), -100.0, jnp.float32)
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_gradient_where_scores_underflow(scoring_func: str, renormalize: bool, implementation: str) -> None:
+    """Finite where the scores are 0, next to an expert that is masked with -inf; exact where weights are ratios."""
+    config = RoutingConfig(num_experts=9, top_k=4, scoring_func=scoring_func, renormalize=renormalize)
+    logits = jnp.full((1, 9), -250.0, jnp.float32).at[0, 8].set(-jnp.inf)
     loss = lambda x: jnp.sum(jaxmoe.route(x, config=config, implementation=implementation).weights[:, 0])
-    oracle.same(jax.grad(loss)(logits)[0, :4], np.array([3, -1, -1, -1]) / 16, rtol=1e-5)
+    got = jax.grad(loss)(logits)[0]
+    assert jnp.isfinite(got).all()
+    if renormalize:
+        slope = 0.5 if scoring_func == "sqrtsoftplus" else 1.0
+        oracle.same(got[:4], slope * np.array([3, -1, -1, -1]) / 16, rtol=1e-5)
 
 
 def test_gradient_reaches_a_view(implementation: str) -> None:

@@ -1,0 +1,3 @@
+"""tests/jaxmoe/test_route.py on the GPU's kernels."""
+
+from tests.jaxmoe.test_route import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""tests/jaxmoe/test_transforms.py on the GPU's kernels."""
+
+from tests.jaxmoe.test_transforms import *  # noqa: F403

@@ -1,0 +1,55 @@
+"""Under shard_map, on two devices that XLA makes of one CPU: each device routes its own tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+import jaxmoe
+from tests.cases import normal
+from tests.jaxmoe.test_moe import CONFIG, params_for
+
+assert jax.device_count() == 2
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+params, x, up = params_for(CONFIG), normal(4, 10, 16), normal(5, 10, 16)
+
+
+def layer(implementation, params, x):
+    y, routing = jaxmoe.moe(x, params, CONFIG, implementation=implementation)
+    return y, jax.lax.psum(routing.load, "data")
+
+
+def run(implementation, check_vma):
+    local = functools.partial(layer, implementation)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()), check_vma=check_vma
+    )
+    y, load = jax.jit(sharded)(params, x)
+    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(sharded(p, x)[0] * up), argnums=(0, 1)))(params, x)
+    return y, load, grads
+
+
+y, routing = jaxmoe.moe(x, params, CONFIG)
+grads = jax.grad(lambda p, x: jnp.sum(jaxmoe.moe(x, p, CONFIG)[0] * up), argnums=(0, 1))(params, x)
+for implementation, check_vma in ((None, True), ("xla", True), (None, False), ("interpret", False)):
+    got_y, got_load, got_grads = run(implementation, check_vma)
+    np.testing.assert_array_equal(got_load, routing.load)
+    np.testing.assert_allclose(got_y, y, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    print("agrees:", implementation, check_vma)
+"""
+
+
+def test_shard_map() -> None:
+    """With shard_map's own checks and without; the interpreter of Pallas itself runs only without them."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("agrees:") == 4
