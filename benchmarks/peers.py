@@ -36,17 +36,16 @@ def flashinfer() -> Callable[..., None] | None:
 
 
 def versions() -> dict[str, str]:
-    """What is here, for the record; a bare library without package data says so."""
-    found = {}
+    """The versions of the peers that are here, for the record; kernels without package data have none."""
+    found: dict[str, str] = {}
     for name, package, present in (
         ("vllm", "vllm", vllm() is not None),
         ("flashinfer", "flashinfer-python", flashinfer() is not None),
     ):
-        if present:
-            try:
-                found[name] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found[name] = "present, version not recorded"
+        try:
+            found |= {name: importlib.metadata.version(package)} if present else {}
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "(see the note)"
     return found
 
 

@@ -17,8 +17,8 @@ FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 class Columns:
     """A view of `width` columns of a wider array [T, stride], from `first` on: rows that are strided, without a copy.
 
-    Taken for `route`'s logits, `router_logits`' x, `dispatch`'s x and `combine`'s rows. The GPU kernels read the columns
-    in place; XLA may copy them.
+    Taken for `route`'s logits, `router_logits`' x, `dispatch`'s x and `combine`'s rows, and nowhere else. The GPU
+    kernels read the columns in place; XLA may copy them.
 
     Example:
       >>> import jax.numpy as jnp, jaxmoe

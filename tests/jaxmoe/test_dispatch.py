@@ -135,6 +135,17 @@ def test_vmap_and_jit(implementation: str) -> None:
     oracle.same(there_and_back(experts, x, weights), want, rtol=1e-5, atol=1e-5)
 
 
+def test_under_x64(implementation: str) -> None:
+    """64-bit mode must not widen an index, nor a sum."""
+    with jax.enable_x64(True):
+        x, rows, weights = normal(0, 5, 40), normal(1, PLAN.slots.shape[0], 40), normal(2, 5, 2)
+        check_dispatch(jaxmoe.dispatch(x, PLAN, implementation=implementation), x, PLAN)
+        combine = functools.partial(jaxmoe.combine, plan=PLAN, implementation=implementation)
+        y, pull = jax.vjp(lambda r, w: combine(r, weights=w), rows, weights)
+        check_combine(y, rows, PLAN, weights)
+        assert [g.dtype for g in pull(y)] == [F32, F32]
+
+
 def test_checks_reject_wrong_results() -> None:
     x, rows, weights = normal(0, 5, 40), normal(1, PLAN.slots.shape[0], 40), normal(2, 5, 2)
     good, y = jaxmoe.dispatch(x, PLAN), jaxmoe.combine(rows, PLAN, weights)
@@ -148,6 +159,7 @@ def test_checks_reject_wrong_results() -> None:
 
 
 X, ROWS, WEIGHTS = normal(0, 5, 8), normal(1, PLAN.slots.shape[0], 8), normal(2, 5, 2)
+VIEW = jaxmoe.Columns(X, 0, 8)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +169,31 @@ X, ROWS, WEIGHTS = normal(0, 5, 8), normal(1, PLAN.slots.shape[0], 8), normal(2,
         (lambda: jaxmoe.dispatch(X[:4], PLAN), r"x: expected .*\[5, H\], got float32\[4, 8\]"),
         (lambda: jaxmoe.dispatch(X.astype(I32), PLAN), r"x: expected bfloat16 or float16 or float32"),
         (lambda: jaxmoe.dispatch(X, PLAN.rows), r"plan: expected a DispatchPlan, got"),
+        (lambda: jaxmoe.dispatch(X, tuple(PLAN)), r"plan: expected a DispatchPlan, got tuple"),
+        (lambda: jaxmoe.combine(ROWS, tuple(PLAN), WEIGHTS), r"plan: expected a DispatchPlan, got tuple"),
+        (lambda: jaxmoe.dispatch(X, PLAN._replace(slots=VIEW)), r"plan.slots: expected an array .*, got Columns"),
+        (
+            lambda: jaxmoe.dispatch(X, PLAN._replace(group_sizes=X)),
+            r"plan.group_sizes: expected int32 \[num_experts\], got float32\[5, 8\]",
+        ),
+        (lambda: jaxmoe.dispatch(jaxmoe.Columns(X[0], 0, 4), PLAN), r"x: expected .*\[T, stride\], got float32\[8\]"),
+        (
+            lambda: jaxmoe.dispatch(X, PLAN, out=np.zeros(ROWS.shape, np.float32)),
+            r"out: expected a jax.Array to write to, got ndarray",
+        ),
+        (
+            lambda: jaxmoe.dispatch(X, PLAN, out=jaxmoe.Columns(ROWS, 0, 8)),
+            r"out: expected an array float32 \[\d+, 8\], got Columns",
+        ),
+        (
+            lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS, out=np.zeros(X.shape, np.float32)),
+            r"out: expected a jax.Array to write to, got ndarray",
+        ),
+        (
+            lambda: jaxmoe.combine(ROWS, PLAN, WEIGHTS, out=VIEW),
+            r"out: expected an array float32 \[5, 8\], got Columns",
+        ),
+        (lambda: jaxmoe.combine(ROWS, PLAN, jaxmoe.Columns(X, 0, 2)), r"weights: expected an array .*, got Columns"),
         (lambda: jaxmoe.dispatch(X, PLAN._replace(rows=X)), r"plan.rows: expected int32 \[T, S\], got float32"),
         (lambda: jaxmoe.dispatch(X, PLAN, out=ROWS.astype(BF16)), r"out: expected float32 .*, got bfloat16"),
         (lambda: jaxmoe.dispatch(X, PLAN, out=ROWS[1:]), r"out: expected float32 \[\d+, 8\], got float32"),

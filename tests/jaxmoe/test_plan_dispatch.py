@@ -85,6 +85,13 @@ def test_under_x64(implementation: str) -> None:
         ({"experts": jnp.zeros((3,), I32)}, r"experts: expected int32 \[T, S\], got int32\[3\]"),
         ({"experts": jnp.zeros((3, 2))}, r"experts: expected int32 \[T, S\], got float32\[3, 2\]"),
         ({"experts": jnp.zeros((3, 0), I32)}, r"experts: expected at least one element along axis 1"),
+        ({"experts": jaxmoe.Columns(jnp.zeros((3, 9), I32), 0, 2)}, r"experts: expected an array .*, got Columns"),
+        ({"experts": [[0, 1]]}, r"experts: expected an array int32 \[T, S\], got list"),
+        ({"experts": jax.random.split(jax.random.key(0), (3, 2))}, r"experts: expected int32 .*, got key<fry>\[3, 2\]"),
+        (
+            {"expert_map": jaxmoe.Columns(jnp.zeros((3, 9), I32), 0, 2)},
+            r"expert_map: expected an array .*, got Columns",
+        ),
         ({"num_experts": 0}, r"num_experts: expected an int from 1 to 2048, got 0"),
         ({"num_experts": 4.0}, r"num_experts: expected an int from 1 to 2048, got 4.0"),
         ({"align": 0}, r"align: expected an int from 1 to"),

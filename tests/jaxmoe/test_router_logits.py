@@ -55,9 +55,23 @@ def test_gradients(dtype: Any, weight_dtype: Any, implementation: str) -> None:
     oracle.same(dweight, exact[2].T @ exact[0], **tolerance(weight_dtype))
 
 
+def test_under_x64(implementation: str) -> None:
+    """64-bit mode must widen neither an index nor the sum."""
+    with jax.enable_x64(True):
+        x, weight = normal(0, 5, 30, dtype=BF16), normal(1, 6, 30)
+        got, pull = jax.vjp(lambda x, w: jaxmoe.router_logits(x, w, implementation=implementation), x, weight)
+        assert got.dtype == F32
+        oracle.same(got, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, rtol=1e-5, atol=1e-5)
+        assert [g.dtype for g in pull(got)] == [BF16, F32]
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
+        (normal(0, 3, 8), jaxmoe.Columns(normal(1, 4, 9), 0, 8), r"weight: expected an array .*, got Columns"),
+        (jaxmoe.Columns(normal(0, 8), 0, 8), normal(1, 4, 8), r"x: expected .*\[T, stride\], got float32\[8\]"),
+        (jaxmoe.Columns(normal(0, 3, 9), 0.0, 8), normal(1, 4, 8), r"x: expected columns .* as ints, got first=0.0"),
+        (jax.random.split(jax.random.key(0), (3, 8)), normal(1, 4, 8), r"x: expected .*, got key<fry>\[3, 8\]"),
         (normal(0, 8), normal(1, 4, 8), r"x: expected .*\[T, H\], got float32\[8\]"),
         (normal(0, 3, 8), normal(1, 4, 9), r"weight: expected .*\[E, 8\], got float32\[4, 9\]"),
         (normal(0, 3, 8), normal(1, 0, 8), r"weight: expected at least one element along axis 0"),
