@@ -61,7 +61,7 @@ def plan_dispatch(
 
 
 def _jax_plan(plan: Any) -> jaxmoe.DispatchPlan:
-    if not isinstance(plan, tuple) or len(plan) != len(DispatchPlan._fields):
+    if not isinstance(plan, DispatchPlan):
         raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
     return jaxmoe.DispatchPlan(*plan)
 
