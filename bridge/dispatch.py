@@ -63,7 +63,7 @@ def plan_dispatch(
 def _jax_plan(plan: Any) -> jaxmoe.DispatchPlan:
     if not isinstance(plan, DispatchPlan):
         raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
-    return jaxmoe.DispatchPlan(*plan)
+    return jaxmoe.DispatchPlan(*tuple[Any, ...](plan))  # tensors, until `call` has imported them
 
 
 def dispatch(
