@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from benchmarks import native, peers, timing
@@ -51,9 +53,9 @@ def _routing(name: str, config: RoutingConfig, tokens: int) -> Operation:
     some = slice(0, 4096)
     x = jnp.asarray(logits[0][some].float().cpu().numpy()).astype(jnp.bfloat16)
     want_weights, want_ids = reference.route(x, jnp.asarray(bias.cpu().numpy()), None, rule)
-    same = torch.tensor(jnp.array(want_ids).tolist(), dtype=torch.int32) == ids[some].cpu()
+    same = torch.from_numpy(np.array(want_ids)) == ids[some].cpu()
     _expect(same.all(dim=1).float().mean() > 0.999, f"{name} ids at {tokens} tokens")
-    close = torch.isclose(torch.tensor(jnp.array(want_weights).tolist()), weights[some].cpu(), rtol=2e-6, atol=0)
+    close = torch.isclose(torch.from_numpy(np.array(want_weights)), weights[some].cpu(), rtol=2e-6, atol=0)
     _expect((close | ~same).all(), f"{name} weights at {tokens} tokens")
 
     operation = Operation(
@@ -148,8 +150,7 @@ def _movement(tokens: int) -> Iterator[Operation]:
 def operations(quick: bool) -> Iterator[Operation]:
     """Every operation at every number of tokens; `quick` leaves out all but the smallest and one large."""
     for name in ("deepseek-v3", "kimi-k2"):
-        config = presets[name]
-        config = RoutingConfig(**{**vars(config), "n_shared_experts": 0})  # as the peers': routed experts alone
+        config = dataclasses.replace(presets[name], n_shared_experts=0)  # as the peers': routed experts alone
         for tokens in (1, 4096) if quick else (1, 64, 512, 4096, 16384, 40960):
             yield _routing(name, config, tokens)
     for tokens in (1, 512) if quick else (1, 64, 512, 4096):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
 from jaxmoe.config import MAX_EXPERTS
-from jaxmoe.implementation import alike, check_implementation, run
+from jaxmoe.implementation import alike, check_implementation, compiled, run
 from jaxmoe.routing import like_rows
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas.dispatch import dispatch as dispatch_kernel
@@ -181,9 +181,7 @@ def _dispatch_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tu
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-_dispatch_jit = jax.jit(
-    lambda static, *args: _dispatch(static, *alike(*args)), static_argnums=(0,), donate_argnums=(4,), keep_unused=True
-)
+_dispatch_jit = compiled(_dispatch, out=4)
 
 
 def check_plan(plan: Any) -> None:
@@ -261,9 +259,7 @@ def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
-_combine_jit = jax.jit(
-    lambda static, *args: _combine(static, *alike(*args)), static_argnums=(0,), donate_argnums=(5,), keep_unused=True
-)
+_combine_jit = compiled(_combine, out=5)
 
 
 def combine(

@@ -80,6 +80,19 @@ def alike(*args: Any) -> tuple[Any, ...]:
     return _varying(args, _axes(args))
 
 
+def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callable[..., Any]:
+    """function(static, *arrays), one with a custom derivative, under jit; the argument at `out` is donated.
+
+    It is kept though XLA's implementation does not read it: what is donated must reach the computation.
+    """
+
+    @functools.wraps(function)
+    def entry(static: Any, *args: Any) -> Any:
+        return function(static, *alike(*args))
+
+    return jax.jit(entry, static_argnums=0, donate_argnums=() if out is None else out, keep_unused=True)
+
+
 def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any], *args: Any) -> Any:
     """Calls `kernels` or, for "xla", `plain`. None is settled when the computation is lowered, by its platform."""
     axes = _axes(args)

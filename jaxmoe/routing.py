@@ -12,7 +12,7 @@ import numpy as np
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
 from jaxmoe.config import RoutingConfig, rule_for
-from jaxmoe.implementation import alike, check_implementation, run
+from jaxmoe.implementation import check_implementation, compiled, run
 from kernels_pallas.count import count_load
 from kernels_pallas.route import Rule
 from kernels_pallas.route import route as route_kernel
@@ -104,10 +104,7 @@ def like_rows(x: Rows, grad: jax.Array) -> Rows:
 
 _route.defvjp(_route_fwd, _route_bwd)
 
-# `out` is kept though XLA's implementation does not read it: what is donated must reach the computation.
-_route_jit = jax.jit(
-    lambda static, *args: _route(static, *alike(*args)), static_argnums=(0,), donate_argnums=(4,), keep_unused=True
-)
+_route_jit = compiled(_route, out=4)
 
 
 def route(
@@ -166,7 +163,7 @@ def route(
     num_tokens = logits.shape[0]
     valid = None
     if num_valid_tokens is not None:
-        valid = check_num_valid(num_valid_tokens, num_tokens)
+        valid = _check_num_valid(num_valid_tokens, num_tokens)
     if out is not None:
         out = _check_out(out, num_tokens, config, return_load)
         arguments.check_out(out, [logits, bias, valid])
@@ -177,7 +174,7 @@ def route(
     return Routing(results[0], results[1], results[2] if return_load else None)
 
 
-def check_num_valid(value: Any, num_tokens: int) -> jax.Array | np.int32:
+def _check_num_valid(value: Any, num_tokens: int) -> jax.Array | np.int32:
     """num_valid_tokens as an int32 scalar."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value <= num_tokens:
@@ -232,7 +229,7 @@ def _router_logits_bwd(static: str | None, saved: Any, grad: jax.Array) -> tuple
 
 
 _router_logits.defvjp(_router_logits_fwd, _router_logits_bwd)
-_router_logits_jit = jax.jit(lambda static, *args: _router_logits(static, *alike(*args)), static_argnums=(0,))
+_router_logits_jit = compiled(_router_logits)
 
 
 def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = None) -> jax.Array:

@@ -40,7 +40,7 @@ def next_power_of_2(n: int) -> int:
 def add_at(ref: Any, index: Any, value: jax.Array) -> None:
     """Adds integers to ref[index] atomically: the sum does not depend on the order. The indices must be in range.
 
-    Not plgpu.atomic_add, which takes a mask: in jax 0.10.2 it adds a tensor of integers as if they were floats.
+    Not plgpu.atomic_add, which takes a mask: up to jax 0.11.2 it adds a tensor of integers as if they were floats.
     """
     jax.ref.addupdate(ref, (index,), value)
 

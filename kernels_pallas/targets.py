@@ -76,7 +76,8 @@ class Report:
     shared_bytes: int
 
 
-def _custom_call_target() -> str:
+def custom_call_target() -> str:
+    """What a Pallas kernel is called in a lowered computation."""
     return getattr(plgpu, "CUSTOM_CALL_TARGET_NAME", "__gpu$xla.gpu.triton")  # public from jax 0.11.1 on
 
 
@@ -99,7 +100,7 @@ def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
 
     def visit(op: Any) -> Any:
         is_call = op.name == "stablehlo.custom_call"
-        if is_call and ir.StringAttr(op.attributes["call_target_name"]).value == _custom_call_target():
+        if is_call and ir.StringAttr(op.attributes["call_target_name"]).value == custom_call_target():
             config = ir.DictAttr(op.attributes["mhlo.backend_config"])
             number = lambda key: ir.IntegerAttr(config[key]).value
             found.append(

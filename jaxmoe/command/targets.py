@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
                 print(f"{label:{width}}  {target:8}{sizes}", flush=True)
                 compiled += 1
 
-    print(f"\n{compiled} kernels compiled. Registers are a thread's (vector registers on ROCm). Spills: bytes of a")
-    print("thread's stack on CUDA, registers on ROCm.")
+    print(f"\n{compiled} kernels compiled. Registers are a thread's (vector registers on ROCm). Spills: instructions")
+    print("that touch local memory on CUDA, registers on ROCm.")
     if rocm := [target for target in names if TARGETS[target].platform == "rocm"]:
         print(f"{', '.join(rocm)}: compiled, not run.")
     for what in failed:

@@ -16,9 +16,9 @@ from jaxmoe.demo import model
 from jaxmoe.demo.model import Block, ModelConfig, Params
 from jaxmoe.demo.text import Text, batches
 from jaxmoe.routing import update_bias
+from kernels_pallas.targets import custom_call_target
 
 BITS = float(1 / np.log(2))
-PALLAS_CALL = "__gpu$xla.gpu.triton"  # what a Pallas kernel is called in the lowered step
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def train(
     state = State(params, training.optimizer().init(params))
     pieces = batches(text.train, training.batch, config.context + 1, seed)
     options = {"config": config, "training": training, "implementation": implementation}
-    kernels = step.lower(state, next(pieces), np.float32(0), **options).as_text().count(PALLAS_CALL)
+    kernels = step.lower(state, next(pieces), np.float32(0), **options).as_text().count(custom_call_target())
     losses: list[float] = []
     loads: list[np.ndarray[Any, Any]] = []
     every = max(1, training.steps // 8)  # a row of the table, over the steps since the last one
