@@ -19,9 +19,9 @@ class Config:
     num_warps: int
 
 
-def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
+def config_for(width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del num_tokens, target
+    del target
     # One warp, 16 bytes a lane: measured on an H100, ahead of wider tiles at every number of tokens.
     return Config(columns=min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize), num_warps=1)
 
@@ -64,7 +64,7 @@ def combine(
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
-    config = config or config_for(num_tokens, width, x.dtype, target)
+    config = config or config_for(width, x.dtype, target)
     args = [x, rows, *([] if weights is None else [weights])]
     kernel = functools.partial(
         _combine_kernel, config=config, num_slots=num_slots, width=width, column=column, has_weights=weights is not None
@@ -114,7 +114,7 @@ def combine_weight_grad(
     """float32 [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
     num_tokens, num_slots = rows.shape
     width = dy.shape[1]
-    config = config or config_for(num_tokens, width, x.dtype, target)
+    config = config or config_for(width, x.dtype, target)
     return launch(
         functools.partial(_dot_kernel, config=config, num_slots=num_slots, width=width, column=column),
         x,

@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from kernels_pallas.launch import add_at, iota, launch, load, next_power_of_2
 
 BLOCK, TILE = 64, 64  # pairs of one step, ids of one program
+PROGRAMS = 128  # along the pairs, at most
 
 
-def _kernel(experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids: int, steps: int, tile: int) -> None:
+def _kernel(experts_ref: Any, _: Any, load_ref: Any, *, num_ids: int, tile: int, num_items: Any, steps: Any) -> None:
     start, first = pl.program_id(0) * (steps * BLOCK), pl.program_id(1) * tile
     ids = first + iota((BLOCK, tile), 1)
 
@@ -27,17 +28,24 @@ def _kernel(experts_ref: Any, _: Any, load_ref: Any, *, num_items: int, num_ids:
     add_at(load_ref, jnp.minimum(index, num_ids - 1), jnp.where(index < num_ids, total, 0))
 
 
-def count_load(experts: jax.Array, cleared: jax.Array, *, programs: int = 128, interpret: bool = False) -> jax.Array:
+def shape_for(num_items: int, num_ids: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """(the grid, the sizes) of the launch."""
+    steps = pl.cdiv(pl.cdiv(num_items, BLOCK), PROGRAMS)
+    grid = (pl.cdiv(num_items, steps * BLOCK), pl.cdiv(num_ids, min(TILE, next_power_of_2(num_ids))))
+    return grid, {"num_items": num_items, "steps": steps}
+
+
+def count_load(experts: jax.Array, cleared: jax.Array, *, interpret: bool = False) -> jax.Array:
     """load int32 [num_ids], written over `cleared` (zeros): how often each id stands in experts int32 [T, S]."""
-    num_items, num_ids = experts.size, cleared.size
-    tile = min(TILE, next_power_of_2(num_ids))
-    steps = pl.cdiv(pl.cdiv(num_items, BLOCK), programs)
+    num_ids = cleared.size
+    grid, sizes = shape_for(experts.size, num_ids)
     return launch(
-        functools.partial(_kernel, num_items=num_items, num_ids=num_ids, steps=steps, tile=tile),
+        functools.partial(_kernel, num_ids=num_ids, tile=min(TILE, next_power_of_2(num_ids))),
         experts.reshape(-1),
         cleared,
         name="count_load",
-        grid=(pl.cdiv(num_items, steps * BLOCK), pl.cdiv(num_ids, tile)),
+        grid=grid,
+        sizes=sizes,
         out_shape=[jax.ShapeDtypeStruct((num_ids,), jnp.int32)],
         num_warps=4,
         aliases={1: 0},

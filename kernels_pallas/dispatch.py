@@ -24,22 +24,27 @@ class Config:
     num_warps: int
 
 
-def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
+def config_for(width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del num_tokens, target
+    del target
     columns = min(next_power_of_2(width), 2048 // jnp.dtype(dtype).itemsize)
     return Config(columns=columns, clear_rows=64, num_warps=max(1, min(4, columns // 256)))
+
+
+def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int, int]:
+    """The programs of the launch: one for each token, then those that clear."""
+    return num_tokens + pl.cdiv(num_rows, config.clear_rows), pl.cdiv(width, config.columns)
 
 
 def _dispatch_kernel(
     *refs: Any,
     config: Config,
-    num_tokens: int,
     num_slots: int,
-    num_rows: int,
     width: int,
     column: int,
     has_scale: bool,
+    num_tokens: Any,
+    num_rows: Any,
 ) -> None:
     x_ref, rows_ref, slots_ref, *rest = refs
     scale_ref = rest[0] if has_scale else None
@@ -98,15 +103,13 @@ def dispatch(
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
-    config = config or config_for(num_tokens, width, dtype, target)
+    config = config or config_for(width, dtype, target)
     num_rows = slots.shape[0]
     args = [x, rows, slots, *([] if scale is None else [scale])]
     kernel = functools.partial(
         _dispatch_kernel,
         config=config,
-        num_tokens=num_tokens,
         num_slots=num_slots,
-        num_rows=num_rows,
         width=width,
         column=column,
         has_scale=scale is not None,
@@ -116,7 +119,8 @@ def dispatch(
         *args,
         *([] if out is None else [out]),
         name="dispatch",
-        grid=(num_tokens + pl.cdiv(num_rows, config.clear_rows), pl.cdiv(width, config.columns)),
+        grid=grid_for(num_tokens, num_rows, width, config),
+        sizes={"num_tokens": num_tokens, "num_rows": num_rows},
         out_shape=[jax.ShapeDtypeStruct((num_rows, width), dtype)],
         num_warps=config.num_warps,
         aliases={} if out is None else {len(args): 0},

@@ -5,13 +5,18 @@ pointer with a shape, and addresses it by index with explicit masks. Three reaso
 masked by hand in every version of jax (before 0.12 the loads of a ragged last block are not), and one lowering serves
 every number of rows. Indexing a two-dimensional array by (row, column) also makes Pallas switch to 64-bit offsets as
 soon as the array passes 2**32 bytes; a flat index would wrap at 2**31 elements.
+
+Numbers that change with the number of tokens are `sizes`. XLA, which compiles for shapes anyway, has them built in;
+inside `runtime_sizes` a kernel takes them as arguments instead, so that one compilation serves every number of tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +50,25 @@ def add_at(ref: Any, index: Any, value: jax.Array) -> None:
     jax.ref.addupdate(ref, (index,), value)
 
 
+# (the first argument that is a size, the names of the sizes) of each launch, while `runtime_sizes` is in force
+_Launched = list[tuple[int, tuple[str, ...]]]
+_launched: contextvars.ContextVar[_Launched | None] = contextvars.ContextVar("launched", default=None)
+
+
+@contextlib.contextmanager
+def runtime_sizes() -> Iterator[_Launched]:
+    """Kernels traced inside read each of their sizes from an array of its own, [1], between arguments and results.
+
+    Yields a list that says where, launch after launch. Whoever lowers the kernel turns these arrays into numbers.
+    """
+    launched: _Launched = []
+    token = _launched.set(launched)
+    try:
+        yield launched
+    finally:
+        _launched.reset(token)
+
+
 def launch(
     kernel: Callable[..., None],
     *args: jax.Array,
@@ -53,20 +77,33 @@ def launch(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     num_warps: int,
     num_stages: int = 1,
+    sizes: Mapping[str, int] | None = None,
     aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Launches `kernel(*in_refs, *out_refs)` on `grid`, every ref a whole array.
+    """Launches `kernel(*in_refs, *out_refs, **sizes)` on `grid`, every ref a whole array.
+
+    A kernel that needs to know how many programs there are takes that as a size: Pallas builds `num_programs` in.
 
     `aliases` maps the index of an argument to that of the output which takes over its buffer. The grid must hold at
     least one program: what a call without work returns is for the caller to say.
     """
     assert 0 not in grid, f"{name}: an empty grid {grid}"
 
+    sizes, num_args = dict(sizes or {}), len(args)
+    launched = _launched.get()
+    if launched is not None:
+        launched.append((num_args, tuple(sizes)))
+        if not interpret:  # which runs the grid; lowered, it is no part of the kernel, but for the index along a 1
+            grid = (2,) * len(grid)
+        args = (*args, *(jnp.full((1,), size, jnp.int32) for size in sizes.values()))
+
     # Pallas names the machine-code kernel after the function.
     @functools.wraps(kernel)
     def named(*refs: Any) -> None:
-        kernel(*refs)
+        numbers = refs[num_args : len(args)]
+        known = dict(zip(sizes, (ref[0] for ref in numbers), strict=True)) if numbers else sizes
+        kernel(*refs[:num_args], *refs[len(args) :], **known)
 
     named.__name__ = named.__qualname__ = name
     # Under shard_map the results vary over the mesh axes that the arguments vary over, which the caller made one.

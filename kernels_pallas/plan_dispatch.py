@@ -23,6 +23,7 @@ from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 class Config:
     block: int  # pairs that are ranked at once
     chunks: int  # at most
+    strip: int  # chunks whose counts are added up at once
     num_warps: int
 
 
@@ -33,7 +34,9 @@ def config_for(num_items: int, num_experts: int, target: str) -> Config:
     block = 16 if num_items <= 128 else 32 if num_items <= 1024 else 64
     block = min(block, max(16, 16384 // next_power_of_2(num_experts)))
     many = num_items > 8192
-    return Config(block=block, chunks=128 if many else 256, num_warps=8 if many else 4)
+    return Config(
+        block=block, chunks=128 if many else 256, strip=1 if num_items <= 16 else 8, num_warps=8 if many else 4
+    )
 
 
 def num_rows(num_items: int, num_experts: int, align: int) -> int:
@@ -51,8 +54,15 @@ def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: int, num_expe
     return jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
 
 
+def sizes_for(num_items: int, num_experts: int, align: int, config: Config) -> dict[str, int]:
+    """The sizes of both launches; each runs one program a chunk."""
+    steps = pl.cdiv(pl.cdiv(num_items, config.block), config.chunks)
+    rows = num_rows(num_items, num_experts, align)
+    return {"num_items": num_items, "rows": rows, "chunks": pl.cdiv(num_items, steps * config.block), "steps": steps}
+
+
 def _count_kernel(
-    *refs: Any, map_size: int, num_items: int, num_experts: int, rows: int, steps: int, block: int
+    *refs: Any, map_size: int, num_experts: int, block: int, num_items: Any, rows: Any, chunks: Any, steps: Any
 ) -> None:
     ids_ref, *map_ref, counts_ref, slots_ref = refs
     experts = next_power_of_2(num_experts)
@@ -72,22 +82,23 @@ def _count_kernel(
     first = chunk * share
 
     def clear(i: jax.Array, _: None) -> None:
-        row = first + i * (share * pl.num_programs(0)) + iota((share,), 0)
+        row = first + i * (share * chunks) + iota((share,), 0)
         store(slots_ref.at[row], jnp.full((share,), -1, jnp.int32), mask=row < rows)
 
-    jax.lax.fori_loop(0, pl.cdiv(rows, share * pl.num_programs(0)), clear, None)
+    jax.lax.fori_loop(0, pl.cdiv(rows, share * chunks), clear, None)
 
 
 def _place_kernel(
     *refs: Any,
     map_size: int,
-    num_items: int,
     num_experts: int,
-    rows: int,
-    steps: int,
     block: int,
-    chunks: int,
+    strip: int,
     align: int,
+    num_items: Any,
+    rows: Any,
+    chunks: Any,
+    steps: Any,
 ) -> None:
     ids_ref, *map_ref, counts_ref, _, rows_ref, slots_ref, sizes_ref = refs
     expert_map = map_ref[0] if map_ref else None
@@ -95,7 +106,6 @@ def _place_kernel(
     chunk, start = pl.program_id(0), pl.program_id(0) * (steps * block)
 
     # Two sums over the chunks at once: all of them, and those before this one.
-    strip = min(8, next_power_of_2(chunks))
 
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         at, expert = i * strip + iota((strip, experts), 0), iota((strip, experts), 1)
@@ -145,16 +155,12 @@ def plan_dispatch(
     """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0."""
     num_items = experts.size
     config = config or config_for(num_items, num_experts, target)
-    rows = num_rows(num_items, num_experts, align)
-    steps = pl.cdiv(pl.cdiv(num_items, config.block), config.chunks)
-    chunks = pl.cdiv(num_items, steps * config.block)
+    sizes = sizes_for(num_items, num_experts, align, config)
+    rows, chunks = sizes["rows"], sizes["chunks"]
     ids = [experts.reshape(-1), *([] if expert_map is None else [expert_map])]
     common = {
         "map_size": 0 if expert_map is None else expert_map.size,
-        "num_items": num_items,
         "num_experts": num_experts,
-        "rows": rows,
-        "steps": steps,
         "block": config.block,
     }
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
@@ -164,19 +170,21 @@ def plan_dispatch(
         name="plan_count",
         grid=(chunks,),
         out_shape=[shape(chunks, num_experts), shape(rows)],
+        sizes=sizes,
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    flat_rows, slots, sizes = launch(
-        functools.partial(_place_kernel, **common, chunks=chunks, align=align),
+    flat_rows, slots, group_sizes = launch(
+        functools.partial(_place_kernel, **common, strip=config.strip, align=align),
         *ids,
         counts,
         cleared,
         name="plan_place",
         grid=(chunks,),
         out_shape=[shape(num_items), shape(rows), shape(num_experts)],
+        sizes=sizes,
         num_warps=config.num_warps,
         aliases={len(ids) + 1: 1},
         interpret=interpret,
     )
-    return flat_rows.reshape(experts.shape), slots, sizes
+    return flat_rows.reshape(experts.shape), slots, group_sizes

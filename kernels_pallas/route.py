@@ -4,8 +4,8 @@ One warp handles a token. Its choices lie in a tile [1, groups, experts of a gro
 two, as order-preserving int32 keys; what is padding, or lies in a group that was dropped, has the lowest key. The
 weights are computed from the chosen logits, loaded again by id: k of them instead of E.
 
-A program with several tokens takes them one by one (the compiler interleaves them). A tile of several rows would be the
-same to write, but torch's triton 3.6 miscompiles its reshape from [rows, groups, size] to [rows, experts].
+A program is one token: nothing depends on how many there are. (A tile of several rows would be as easy to write, but
+torch's triton 3.6 miscompiles its reshape from [rows, groups, size] to [rows, experts].)
 """
 
 from __future__ import annotations
@@ -50,30 +50,28 @@ class Rule:
 
 @dataclass(frozen=True)
 class Config:
-    tokens: int  # of one program
     num_warps: int
     lanes: int  # of a warp
 
 
-def config_for(num_tokens: int, rule: Rule, dtype: Any, target: str) -> Config:
-    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del num_tokens, rule, dtype
-    return Config(tokens=1, num_warps=1, lanes=64 if target == "rocm" else 32)
+def config_for(rule: Rule, target: str) -> Config:
+    """How to share out a token's experts on this target ("cuda" or "rocm")."""
+    del rule
+    return Config(num_warps=1, lanes=64 if target == "rocm" else 32)
 
 
-def _route_token(
-    logits_ref: Any,
-    bias_ref: Any | None,
-    valid_ref: Any | None,
-    weights_ref: Any,
-    experts_ref: Any,
-    row: jax.Array,
-    *,
-    rule: Rule,
-    config: Config,
-    num_tokens: int,
-    column: int,
+def _route_kernel(
+    *refs: Any, rule: Rule, config: Config, column: int, has_bias: bool, has_valid: bool, aliased: int
 ) -> None:
+    refs_in = iter(refs)
+    logits_ref = next(refs_in)
+    bias_ref = next(refs_in) if has_bias else None
+    valid_ref = next(refs_in) if has_valid else None
+    for _ in range(aliased):
+        next(refs_in)
+    weights_ref, experts_ref, *load_ref = refs_in
+
+    row = pl.program_id(0)
     k, softmax = rule.top_k, rule.scoring_func == "softmax"
     grouped = rule.n_group > rule.topk_group
     n_group = rule.n_group if grouped else 1
@@ -86,7 +84,7 @@ def _route_token(
     tile, flat = (1, groups, padded), (1, groups * padded)
     expert = iota(tile, 1) * size + iota(tile, 2)
     is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
-    x = load(logits_ref.at[row, column + expert], mask=is_expert & (row < num_tokens), other=0.0).astype(jnp.float32)
+    x = load(logits_ref.at[row, column + expert], mask=is_expert, other=0.0).astype(jnp.float32)
 
     row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
     choice = x
@@ -118,8 +116,8 @@ def _route_token(
     if size != padded:  # position in the padded tile -> expert
         ids = (ids // padded) * size + ids % padded
 
-    slot, in_buffer = iota((1, slots), 1), row < num_tokens
-    chosen = load(logits_ref.at[row, column + ids], mask=in_buffer & (slot < k), other=0.0).astype(jnp.float32)
+    slot = iota((1, slots), 1)
+    chosen = load(logits_ref.at[row, column + ids], mask=slot < k, other=0.0).astype(jnp.float32)
     weights = rule.scale * unscaled_weights(
         chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
     )
@@ -130,40 +128,14 @@ def _route_token(
     if valid_ref is not None:
         is_valid = row < valid_ref[0]
         ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
-    written = in_buffer & (slot < rule.num_slots)
+    written = slot < rule.num_slots
     store(weights_ref.at[row, slot], weights, mask=written)
     store(experts_ref.at[row, slot], ids, mask=written)
-
-
-def _route_kernel(
-    *refs: Any, rule: Rule, config: Config, num_tokens: int, column: int, has_bias: bool, has_valid: bool, aliased: int
-) -> None:
-    refs_in = iter(refs)
-    logits_ref = next(refs_in)
-    bias_ref = next(refs_in) if has_bias else None
-    valid_ref = next(refs_in) if has_valid else None
-    for _ in range(aliased):
-        next(refs_in)
-    weights_ref, experts_ref, *load_ref = refs_in
-
-    for i in range(config.tokens):
-        _route_token(
-            logits_ref,
-            bias_ref,
-            valid_ref,
-            weights_ref,
-            experts_ref,
-            pl.program_id(0) * config.tokens + i,
-            rule=rule,
-            config=config,
-            num_tokens=num_tokens,
-            column=column,
-        )
 
     if load_ref:  # cleared here for the launch that counts
         ids_padded = next_power_of_2(rule.num_ids)
         index = iota((ids_padded,), 0)
-        clear = (index < rule.num_ids) & (pl.program_id(0) == 0)
+        clear = (index < rule.num_ids) & (row == 0)
         store(load_ref[0].at[index], jnp.zeros((ids_padded,), jnp.int32), mask=clear)
 
 
@@ -188,7 +160,7 @@ def route(
     """
     num_tokens = logits.shape[0]
     if config is None:
-        config = config_for(num_tokens, rule, logits.dtype, target)
+        config = config_for(rule, target)
     args = [logits, *(a for a in (bias, num_valid_tokens) if a is not None)]
     out = out or ()
     shape = (num_tokens, rule.num_slots)
@@ -199,7 +171,6 @@ def route(
         _route_kernel,
         rule=rule,
         config=config,
-        num_tokens=num_tokens,
         column=column,
         has_bias=bias is not None,
         has_valid=num_valid_tokens is not None,
@@ -210,7 +181,7 @@ def route(
         *args,
         *out,
         name="route",
-        grid=(pl.cdiv(num_tokens, config.tokens),),
+        grid=(num_tokens,),
         out_shape=out_shape,
         num_warps=config.num_warps,
         aliases={len(args) + i: i for i in range(len(out))},

@@ -30,16 +30,21 @@ def config_for(num_tokens: int, num_experts: int, width: int, exact: bool, targe
     return Config(tokens, experts, depth, num_warps=4, num_stages=1 if target == "rocm" else 3)
 
 
+def grid_for(num_tokens: int, num_experts: int, config: Config) -> tuple[int, int]:
+    """The programs of the launch."""
+    return pl.cdiv(num_tokens, config.tokens), pl.cdiv(num_experts, config.experts)
+
+
 def _kernel(
     x_ref: Any,
     weight_ref: Any,
     out_ref: Any,
     *,
     config: Config,
-    num_tokens: int,
     num_experts: int,
     width: int,
     column: int,
+    num_tokens: Any,
 ) -> None:
     m, n, k = config.tokens, config.experts, config.depth
     token = pl.program_id(0) * m + iota((m, k), 0)
@@ -76,13 +81,12 @@ def router_logits(
     exact = x.dtype != weight.dtype or x.dtype == jnp.float32
     config = config or config_for(num_tokens, num_experts, width, exact, target)
     return launch(
-        functools.partial(
-            _kernel, config=config, num_tokens=num_tokens, num_experts=num_experts, width=width, column=column
-        ),
+        functools.partial(_kernel, config=config, num_experts=num_experts, width=width, column=column),
         x,
         weight,
         name="router_logits",
-        grid=(pl.cdiv(num_tokens, config.tokens), pl.cdiv(num_experts, config.experts)),
+        grid=grid_for(num_tokens, num_experts, config),
+        sizes={"num_tokens": num_tokens},
         out_shape=[jax.ShapeDtypeStruct((num_tokens, num_experts), jnp.float32)],
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -11,12 +11,14 @@ decodes Pallas' bytecode and, before jax 0.11.1, the name of Pallas' custom call
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.mlir import ir
+
+from kernels_pallas.launch import runtime_sizes
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ TARGETS = {
 }
 
 
+ALIGNED = " {tt.divisibility = 32 : i32}"  # what Pallas says of every pointer
+
+
 @dataclass(frozen=True)
 class Lowered:
     """One kernel as Triton IR, with what a launch needs to know."""
@@ -59,6 +66,13 @@ class Lowered:
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
+    sizes: tuple[str, ...] = ()  # int32 arguments between the arrays that go in and those that come out
+
+    def unaligned(self) -> Lowered:
+        """The same for arrays that may begin anywhere; as it is, the kernel counts on multiples of 32 bytes."""
+        if ALIGNED not in self.ttir:
+            raise RuntimeError(f"{self.name}: this jax ({jax.__version__}) does not mark pointers with {ALIGNED!r}")
+        return dataclasses.replace(self, ttir=self.ttir.replace(ALIGNED, ""))
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,36 @@ def _decode(bytecode: bytes) -> str:
         return str(ir.Module.parse(bytecode).operation.get_asm(assume_verified=True))
 
 
-def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
-    """The kernels that `jax.jit(fn)(*args)` launches on `target`, in order. `args` may be shapes (ShapeDtypeStruct)."""
+def _as_numbers(ttir: str, first: int, count: int) -> str:
+    """The kernel with `count` arguments from `first` on, arrays of one int32 each, taken as numbers.
+
+    Each is read once, by a `tt.addptr` and a `tt.load` (`launch.runtime_sizes`). A later jax may write that otherwise,
+    so what comes out is checked.
+    """
+    for name in (f"%arg{i}" for i in range(first, first + count)):
+        ttir, declared = re.subn(re.escape(f"{name}: !tt.ptr<i32>{ALIGNED}"), f"{name}: i32", ttir)
+        ttir, read = re.subn(
+            rf"%\w+ = tt\.addptr {name}, %\w+ : !tt\.ptr<i32>, i32\n *(%\w+) = tt\.load %\w+ : !tt\.ptr<i32>\n",
+            rf"\1 = arith.ori {name}, {name} : i32\n",
+            ttir,
+        )
+        if (declared, read) != (1, 1) or len(re.findall(rf"{name}\b", ttir)) != 3:
+            raise RuntimeError(f"this jax ({jax.__version__}) writes the size {name} otherwise than expected:\n{ttir}")
+    return ttir
+
+
+def lower(fn: Callable[..., Any], *args: Any, target: str, sizes_at_run_time: bool = False) -> list[Lowered]:
+    """The kernels that `jax.jit(fn)(*args)` launches on `target`, in order. `args` may be shapes (ShapeDtypeStruct).
+
+    With `sizes_at_run_time` what depends on the number of rows is not built into a kernel, but passed to it.
+    """
     t = TARGETS[target]
     device = jax.sharding.AbstractDevice(device_kind=t.device_kind, platform=t.platform, num_cores=None)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=(t.platform,))
+    sizes: list[tuple[int, tuple[str, ...]]] = []
+    with jax.sharding.use_abstract_mesh(mesh), runtime_sizes() if sizes_at_run_time else nullcontext(sizes) as sizes:
+        traced = jax.jit(lambda *args: fn(*args)).trace(*args)  # a function of its own: jax remembers what it traced
+        lowered = traced.lower(lowering_platforms=(t.platform,))
     found: list[Lowered] = []
 
     def visit(op: Any) -> Any:
@@ -103,10 +140,12 @@ def lower(fn: Callable[..., Any], *args: Any, target: str) -> list[Lowered]:
         if is_call and ir.StringAttr(op.attributes["call_target_name"]).value == custom_call_target():
             config = ir.DictAttr(op.attributes["mhlo.backend_config"])
             number = lambda key: ir.IntegerAttr(config[key]).value
+            first, names = sizes[len(found)] if sizes else (0, ())
             found.append(
                 Lowered(
                     name=ir.StringAttr(config["name"]).value,
-                    ttir=_decode(ir.StringAttr(config["ir"]).value_bytes),
+                    ttir=_as_numbers(_decode(ir.StringAttr(config["ir"]).value_bytes), first, len(names)),
+                    sizes=names,
                     grid=(number("grid_x"), number("grid_y"), number("grid_z")),
                     num_warps=number("num_warps"),
                     num_stages=number("num_stages"),

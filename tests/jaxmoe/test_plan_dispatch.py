@@ -48,7 +48,12 @@ def test_however_the_pairs_are_cut(block: int, chunks: int) -> None:
     """Several chunks, several blocks a chunk, a ragged end: the same plan."""
     experts = jnp.asarray(np.random.default_rng(0).integers(-1, 9, (61, 3)), I32)
     plan = kernels.plan_dispatch(
-        experts, None, num_experts=9, align=4, config=kernels.Config(block, chunks, 4), interpret=True
+        experts,
+        None,
+        num_experts=9,
+        align=4,
+        config=kernels.Config(block, chunks, strip=8, num_warps=4),
+        interpret=True,
     )
     check_plan(jaxmoe.DispatchPlan(*plan), experts, 9, 4)
 
