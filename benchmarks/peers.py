@@ -83,3 +83,15 @@ class Permute:
         ops = vllm()
         assert ops is not None
         ops.moe_unpermute(self.out, weights, self.inverse, self.offsets, self.experts.shape[1], out)
+
+
+def routing_calls(logits: torch.Tensor, bias: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The peers' routing of DeepSeek-V3, called as their users call it."""
+    calls: dict[str, Callable[[], Any]] = {}
+    if ops := vllm():
+        calls["vLLM grouped_topk"] = lambda: ops.grouped_topk(logits, 8, 4, 8, True, 2.5, bias, SIGMOID)
+    if fused := flashinfer():
+        weights = torch.empty(len(logits), 8, device=logits.device)
+        experts = torch.empty(len(logits), 8, device=logits.device, dtype=torch.int32)
+        calls["FlashInfer fused_topk_deepseek"] = lambda: fused(logits, bias, 8, 4, 8, 2.5, weights, experts)
+    return calls

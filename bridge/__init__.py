@@ -18,7 +18,7 @@ Example:
 """
 
 from bridge.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
-from bridge.experts import experts
+from bridge.experts import experts, grouped_matmul
 from bridge.layer import MoEParams, moe
 from bridge.routing import Routing, route, router_logits, update_bias
 from bridge.views import to_jax, to_torch
@@ -32,6 +32,7 @@ __all__ = [
     "combine",
     "dispatch",
     "experts",
+    "grouped_matmul",
     "moe",
     "plan_dispatch",
     "presets",

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 import jaxmoe
+from bridge import path
 from bridge.call import call
+from bridge.checks import INT32, check
+from bridge.ops import dispatch as ops
+from jaxmoe.dispatch import check_plan_sizes
 
 
 class DispatchPlan(NamedTuple):
@@ -39,7 +43,7 @@ def plan_dispatch(
       num_experts: how many experts there are here (shared ids count: `config.num_expert_ids`).
       align: each expert's rows start at, and fill up to, a multiple of this.
       expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here (expert parallelism).
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       DispatchPlan(rows [T, S], slots [M], group_sizes [num_experts]), all int32. M = T*S for align=1, otherwise
@@ -56,8 +60,27 @@ def plan_dispatch(
       >>> plan.rows.tolist(), plan.slots.tolist(), plan.group_sizes.tolist()
       ([[2, 0], [1, -1]], [1, 2, 0, -1], [2, 0, 1])
     """
+    if path.takes_ops(experts, implementation):
+        check_plan_sizes(num_experts, align)
+        if expert_map is not None:
+            check("expert_map", expert_map, ("ids",), INT32)
+        return DispatchPlan(*ops.plan_dispatch(experts, num_experts, align, expert_map))
     options = {"num_experts": num_experts, "align": align, "implementation": implementation}
     return DispatchPlan(*call(jaxmoe.plan_dispatch, {"experts": experts, "expert_map": expert_map}, options))
+
+
+def _check_plan(plan: Any) -> None:
+    """What the schema of an op would say in its own words."""
+    if not isinstance(plan, DispatchPlan):
+        raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
+    for name, tensor in zip(plan._fields, plan, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"plan.{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def _jax_plan(plan: Any) -> jaxmoe.DispatchPlan:
@@ -75,7 +98,7 @@ def dispatch(
       x: [T, H] bfloat16, float16 or float32; rows may be strided.
       plan: what `plan_dispatch` returned.
       out: [M, H] of x's dtype to write into; the same tensor is returned. On the CPU that is a copy.
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       [M, H] in x's dtype; rows that hold no token are zero. Differentiable in x.
@@ -91,6 +114,13 @@ def dispatch(
       >>> bridge.dispatch(torch.tensor([[1.0], [2.0]]), plan).tolist()
       [[2.0], [1.0]]
     """
+    if path.takes_ops(x, implementation):
+        _check_plan(plan)
+        if out is None:
+            return ops.dispatch(x, plan.rows, plan.slots)
+        _check_tensor("out", out)
+        ops.dispatch_out(x, plan.rows, plan.slots, out=out)
+        return out
     arguments = {"x": x, "plan": _jax_plan(plan)}
     return call(jaxmoe.dispatch, arguments, {"implementation": implementation}, strided=("x",), out=out)
 
@@ -110,7 +140,7 @@ def combine(
       plan: what `plan_dispatch` returned.
       weights: [T, S] of any float dtype among these. A dropped pair adds nothing, whatever its weight.
       out: [T, H] of rows' dtype to write into; the same tensor is returned. On the CPU that is a copy.
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       [T, H] in rows' dtype; summed in the order of the slots, in float32. Differentiable in rows and weights.
@@ -126,5 +156,13 @@ def combine(
       >>> bridge.combine(torch.tensor([[10.0], [1.0]]), plan, torch.tensor([[0.25, 0.5]]))
       tensor([[5.2500]])
     """
+    if path.takes_ops(rows, implementation):
+        _check_plan(plan)
+        _check_tensor("weights", weights)
+        if out is None:
+            return ops.combine(rows, plan.rows, plan.slots, weights)
+        _check_tensor("out", out)
+        ops.combine_out(rows, plan.rows, plan.slots, weights, out=out)
+        return out
     arguments = {"rows": rows, "plan": _jax_plan(plan), "weights": weights}
     return call(jaxmoe.combine, arguments, {"implementation": implementation}, strided=("rows",), out=out)

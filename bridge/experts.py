@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import jaxmoe
+from bridge import path
 from bridge.call import call
+from bridge.native.experts import is_transposed
+from bridge.ops import experts as ops
 
 
 def experts(
@@ -22,10 +27,11 @@ def experts(
     Args:
       rows: [M, H] bfloat16, float16 or float32, in expert order, as `dispatch` returns them.
       gate_up: [E, H, 2 * I] of rows' dtype: columns [0, I) are the gate, [I, 2 * I) the up projection.
-      down: [E, I, H] of rows' dtype.
+      down: [E, I, H] of rows' dtype. The weights may be transposed views, `.mT`, of tensors that lie as Hugging Face
+        keeps them ([E, 2 * I, H] and [E, H, I]): nothing is copied.
       group_sizes: int32 [E], how many rows each expert has; from the plan.
       activation: "silu", "gelu" (exact) or "gelu_tanh", taken in float32.
-      implementation: "xla" or None.
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX.
 
     Returns:
       [M, H] in rows' dtype; rows behind the last group are zero. Differentiable in rows, gate_up and down.
@@ -45,4 +51,60 @@ def experts(
               [4.]])
     """
     arguments = {"rows": rows, "gate_up": gate_up, "down": down, "group_sizes": group_sizes}
-    return call(jaxmoe.experts, arguments, {"activation": activation, "implementation": implementation})
+    if path.takes_ops(rows, implementation):
+        _check_tensors(arguments)
+        if not isinstance(activation, str):
+            raise ValueError(f"activation: expected a string, got {type(activation).__name__}")
+        return ops.experts(rows, gate_up, down, group_sizes, activation)
+    transposed = _is_view(gate_up) and _is_view(down)
+    if transposed:
+        arguments |= {"gate_up": gate_up.mT, "down": down.mT}
+    options = {"activation": activation, "transposed": transposed, "implementation": implementation}
+    return call(jaxmoe.experts, arguments, options)
+
+
+def grouped_matmul(
+    rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, *, implementation: str | None = None
+) -> torch.Tensor:
+    """Each group of rows times its expert's matrix: `jaxmoe.grouped_matmul` on tensors.
+
+    Args:
+      rows: [M, K] bfloat16, float16 or float32, in expert order.
+      weight: [E, K, N] of rows' dtype, or a transposed view, `.mT`, of a contiguous [E, N, K].
+      group_sizes: int32 [E], how many rows each expert has.
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX.
+
+    Returns:
+      [M, N] in rows' dtype, accumulated in float32; rows behind the last group are zero. Differentiable in rows and
+      weight.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: `jaxmoe.grouped_matmul`; Gale et al., arXiv:2211.15841 (MegaBlocks).
+
+    Example:
+      >>> import torch, bridge
+      >>> rows, sizes = torch.ones(3, 2), torch.tensor([1, 2], dtype=torch.int32)
+      >>> bridge.grouped_matmul(rows, torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), sizes).tolist()
+      [[3.0], [7.0], [7.0]]
+    """
+    arguments = {"rows": rows, "weight": weight, "group_sizes": group_sizes}
+    if path.takes_ops(rows, implementation):
+        _check_tensors(arguments)
+        return ops.grouped_matmul(rows, weight, group_sizes)
+    transposed = _is_view(weight)
+    if transposed:
+        arguments["weight"] = weight.mT
+    return call(jaxmoe.grouped_matmul, arguments, {"transposed": transposed, "implementation": implementation})
+
+
+def _check_tensors(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _is_view(weight: Any) -> bool:
+    """Whether a weight is the transpose of what lies in memory."""
+    return isinstance(weight, torch.Tensor) and weight.ndim == 3 and is_transposed(weight) and weight.mT.is_contiguous()

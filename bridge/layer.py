@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import jaxmoe
+from bridge import path
 from bridge.call import call
-from bridge.routing import Routing, count
+from bridge.checks import check
+from bridge.ops import layer as ops
+from bridge.routing import Routing, check_count, count
 from jaxmoe import RoutingConfig
 
 
@@ -43,8 +46,7 @@ def moe(
       params: `MoEParams`; gate_up and down in x's dtype.
       config: how to route.
       num_valid_tokens: tokens at or past this index come out as zeros. An int, or an int32 tensor without axes.
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla". The experts'
-        matrix products go through `jax.lax.ragged_dot` in each case.
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       (y [T, H] in x's dtype, Routing). Differentiable in x and in every parameter but the bias.
@@ -64,6 +66,8 @@ def moe(
     """
     if not isinstance(params, MoEParams):
         raise ValueError(f"params: expected MoEParams, got {type(params).__name__}")
+    if path.takes_ops(x, implementation):
+        return _moe(x, params, config, num_valid_tokens)
     arguments = {
         "x": x,
         "params": jaxmoe.MoEParams(**params._asdict()),
@@ -71,4 +75,21 @@ def moe(
     }
     options = {"config": config, "implementation": implementation}
     y, routing = call(jaxmoe.moe, arguments, options, no_gradient=("params.bias",))
+    return y, Routing(*routing)
+
+
+def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any) -> tuple[torch.Tensor, Routing]:
+    """`moe` through the ops."""
+    if not isinstance(config, RoutingConfig):
+        raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
+    experts = config.num_experts
+    check("x", x, ("T", "H"))
+    check("params.router", params.router, (experts, x.shape[1]))
+    if params.bias is not None:
+        check("params.bias", params.bias, (experts,))
+    check("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
+    inner = params.gate_up.shape[2] // 2
+    check("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
+    valid, number = check_count(num_valid_tokens, "x", x)
+    y, *routing = ops.moe(x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json)
     return y, Routing(*routing)

@@ -8,7 +8,11 @@ import numpy as np
 import torch
 
 import jaxmoe
+from bridge import path
 from bridge.call import call
+from bridge.checks import INT32, check, check_layout
+from bridge.ops import layer as layer_ops
+from bridge.ops import routing as ops
 from jaxmoe import RoutingConfig
 
 
@@ -46,7 +50,7 @@ def route(
         tensor without axes on the device. None: all are valid.
       return_load: False leaves `load` out (None).
       out: (weights, experts, load) to write into; the same tensors are returned. On the CPU that is a copy.
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       Routing(weights float32 [T, S], experts int32 [T, S], load int32 [num_expert_ids]). The weights have a gradient
@@ -65,11 +69,52 @@ def route(
       >>> routing.experts is out.experts, out.experts.tolist(), out.weights.tolist()
       (True, [[1, 3]], [[0.5, 0.5]])
     """
+    if path.takes_ops(logits, implementation):
+        return _route(logits, bias, config, num_valid_tokens, return_load, out)
     arguments = {"logits": logits, "bias": bias, "num_valid_tokens": count(num_valid_tokens, "logits", logits)}
     options = {"config": config, "return_load": return_load, "implementation": implementation}
     if isinstance(out, tuple) and len(out) == len(Routing._fields):
         out = jaxmoe.Routing(*out)  # so that messages name its fields
     return Routing(*call(jaxmoe.route, arguments, options, strided=("logits",), no_gradient=("bias",), out=out))
+
+
+def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any, out: Any) -> Routing:
+    """`route` through the ops."""
+    if not isinstance(config, RoutingConfig):
+        raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
+    if not isinstance(return_load, bool):
+        raise ValueError(f"return_load: expected a bool, got {return_load!r}")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise ValueError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
+    valid, number = check_count(num_valid, "logits", logits)
+    if out is None:
+        weights, experts, load = ops.route(logits, bias, valid, number, config.json, return_load)
+        return Routing(weights, experts, load if return_load else None)
+    if not isinstance(out, tuple) or len(out) != 3 or (out[2] is not None) != return_load:
+        wanted = "(weights, experts, load)" if return_load else "(weights, experts, None)"
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+        raise ValueError(f"out: expected a Routing or tuple {wanted}, got {got}")
+    weights, experts, load = out
+    for name, tensor in zip(Routing._fields, out, strict=True):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"out.{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    ops.route_out(logits, bias, valid, number, config.json, weights=weights, experts=experts, load=load)
+    return out if type(out) is Routing else Routing(*out)
+
+
+def check_count(value: Any, name: str, tokens: Any) -> tuple[torch.Tensor | None, Any]:
+    """num_valid_tokens as the ops take it: a tensor on the device, or a number."""
+    if value is None:
+        return None, None
+    if isinstance(value, torch.Tensor):
+        return value, None
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise ValueError(f"num_valid_tokens: expected an int or an int32 tensor, got {type(value).__name__}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {tokens.ndim} axes")
+    if not 0 <= value <= tokens.shape[0]:
+        raise ValueError(f"num_valid_tokens: expected 0 to T={tokens.shape[0]}, got {value}")
+    return None, value
 
 
 def count(value: Any, name: str, tokens: Any) -> Any:
@@ -90,7 +135,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, *, implementation: str 
     Args:
       x: [T, H] bfloat16, float16 or float32; rows may be strided. T may be 0.
       weight: [E, H] bfloat16, float16 or float32, whatever x's dtype.
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       float32 [T, E]. Differentiable in both.
@@ -105,6 +150,10 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, *, implementation: str 
       >>> bridge.router_logits(torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[1.0, 2.0], [0.5, 0.0]]))
       tensor([[3.0000, 0.5000]])
     """
+    if path.takes_ops(x, implementation):
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+        return ops.router_logits(x, weight)
     arguments = {"x": x, "weight": weight}
     return call(jaxmoe.router_logits, arguments, {"implementation": implementation}, strided=("x",))
 
@@ -132,4 +181,11 @@ def update_bias(bias: torch.Tensor, load: torch.Tensor, *, rate: float) -> torch
     """
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
         raise ValueError(f"rate: expected a number, got {type(rate).__name__}")
+    if path.takes_ops(bias, None):
+        check("bias", bias, ("E",))
+        check("load", load, ("E",), INT32)
+        if load.shape[0] < bias.shape[0]:
+            raise ValueError(f"load: expected at least the {bias.shape[0]} routed experts of bias, got {load.shape[0]}")
+        check_layout(bias.device, bias=bias, load=load)
+        return layer_ops.update_bias(bias.detach(), load, float(rate))
     return call(jaxmoe.update_bias, {"bias": bias, "load": load}, {"rate": rate}, no_gradient=("bias",))

@@ -4,6 +4,7 @@ from jaxmoe.arguments import Columns
 from jaxmoe.config import RoutingConfig
 from jaxmoe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from jaxmoe.experts import experts
+from jaxmoe.grouped_matmul import grouped_matmul
 from jaxmoe.layer import MoEParams, moe
 from jaxmoe.presets import presets
 from jaxmoe.routing import Routing, route, router_logits, update_bias
@@ -19,6 +20,7 @@ __all__ = [
     "combine",
     "dispatch",
     "experts",
+    "grouped_matmul",
     "moe",
     "plan_dispatch",
     "presets",

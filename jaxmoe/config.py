@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kernels_pallas.route import Rule
@@ -43,6 +44,8 @@ class RoutingConfig:
       >>> config = RoutingConfig(num_experts=256, top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)
       >>> config.num_slots, config.num_expert_ids
       (8, 256)
+      >>> RoutingConfig.from_json(config.json) == config
+      True
       >>> RoutingConfig(num_experts=60, top_k=4, n_group=8)
       Traceback (most recent call last):
           ...
@@ -93,6 +96,18 @@ class RoutingConfig:
         is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if not is_number or not 1e-37 <= abs(scale) <= 1e37:
             raise _fail("routed_scaling_factor", "a number from 1e-37 to 1e37 in size", scale)
+        # Made once, here: a torch op takes its config as a string on every call.
+        object.__setattr__(self, "_json", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+
+    @property
+    def json(self) -> str:
+        """The fields as a JSON object."""
+        return self._json  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_json(cls, text: str) -> RoutingConfig:
+        """The config whose `json` is `text`."""
+        return cls(**json.loads(text))
 
     @property
     def num_slots(self) -> int:

@@ -50,6 +50,14 @@ def _plan(
     return DispatchPlan(*run(implementation, kernels, xla, *alike(experts, expert_map)))
 
 
+def check_plan_sizes(num_experts: Any, align: Any) -> None:
+    """Raises ValueError unless a plan can be made for so many experts with this alignment."""
+    most = MAX_EXPERTS * 2  # routed and shared
+    for name, value, limit in (("num_experts", num_experts, most), ("align", align, 2**20)):
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
+
+
 def plan_dispatch(
     experts: jax.Array,
     num_experts: int,
@@ -87,10 +95,7 @@ def plan_dispatch(
     """
     check_array("experts", experts, ("T", "S"), (jnp.int32,))
     arguments.check_at_least_one("experts", experts, 1)
-    most = MAX_EXPERTS * 2  # routed and shared
-    for name, value, limit in (("num_experts", num_experts, most), ("align", align, 2**20)):
-        if type(value) is not int or not 1 <= value <= limit:
-            raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
+    check_plan_sizes(num_experts, align)
     if num_rows(experts.size, num_experts, align) >= 2**31 - 2**20:
         raise ValueError(f"experts: expected fewer than 2**31 rows after alignment, got {list(experts.shape)}")
     if expert_map is not None:
@@ -244,17 +249,19 @@ def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     x, rows, slots, weights = saved
 
     def xla(x: Rows, grad: jax.Array, rows: jax.Array) -> jax.Array:
-        return reference.combine_weight_grad(dense(x), grad, rows)
+        return reference.combine_weight_grad(dense(x), grad, rows).astype(weights.dtype)
 
     def kernels(x: Rows, grad: jax.Array, rows: jax.Array, *, target: str, interpret: bool) -> jax.Array:
         array, column = base(x)
-        return combine_kernels.combine_weight_grad(array, grad, rows, column=column, target=target, interpret=interpret)
+        return combine_kernels.combine_weight_grad(
+            array, grad, rows, column=column, dtype=weights.dtype, target=target, interpret=interpret
+        )
 
     dx = like_rows(x, _move(implementation, grad, rows, slots, weights, None, x.dtype))
     if 0 in (rows.shape[0], *x.shape):
         dweights = jnp.zeros_like(weights)
     else:
-        dweights = run(implementation, kernels, xla, x, grad, rows).astype(weights.dtype)
+        dweights = run(implementation, kernels, xla, x, grad, rows)
     return dx, _no_gradient(rows), _no_gradient(slots), dweights, None
 
 

@@ -1,38 +1,81 @@
-"""The experts themselves: two grouped matrix products with a gated activation between them."""
+"""The experts themselves: two grouped matmuls with a gated activation between them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmoe import arguments
+from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
-from jaxmoe.implementation import check_implementation
+from jaxmoe.grouped_matmul import no_gradient, outer, product
+from jaxmoe.implementation import check_implementation, compiled, run
+from kernels_pallas.grouped_matmul import ACTIVATIONS
+from kernels_pallas.grouped_matmul import gated_matmul as gated_kernel
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+_Static = tuple[str | None, str, bool]  # implementation, activation, transposed
 
 
-@functools.partial(jax.jit, static_argnames=("activation",))
+def _gated(
+    static: _Static, rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, keep: bool
+) -> tuple[jax.Array, ...]:
+    """(activation(gate) * up [M, I],), and with `keep` (gate, up) [M, 2 * I] too."""
+    implementation, activation, transposed = static
+    width = gate_up.shape[1 if transposed else 2] // 2
+
+    def kernels(*args: jax.Array, target: str, interpret: bool) -> tuple[jax.Array, ...]:
+        return gated_kernel(
+            *args, activation=activation, transposed=transposed, keep=keep, target=target, interpret=interpret
+        )
+
+    def xla(*args: jax.Array) -> tuple[jax.Array, ...]:
+        return reference.gated_matmul(*args, activation=activation, transposed=transposed)[: 2 if keep else 1]
+
+    if 0 in (*rows.shape, width):
+        return tuple(jnp.zeros((rows.shape[0], w), rows.dtype) for w in (width, 2 * width)[: 2 if keep else 1])
+    return run(implementation, kernels, xla, rows, gate_up, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(
-    rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array, *, activation: str
+    static: _Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    # By default a GPU multiplies float32 with 10 bits of mantissa.
-    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
-    product = functools.partial(
-        jax.lax.ragged_dot, group_sizes=group_sizes, precision=precision, preferred_element_type=jnp.float32
+    (hidden,) = _gated(static, rows, gate_up, group_sizes, keep=False)
+    return product(static[0], hidden, down, group_sizes, transposed=static[2])
+
+
+def _experts_fwd(
+    static: _Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, Any]:
+    # Of what lies between the two products, gate and up are kept, written by the same kernel: computing them again
+    # would make the backward pass a third longer. The hidden rows follow from them without a product.
+    hidden, kept = _gated(static, rows, gate_up, group_sizes, keep=True)
+    out = product(static[0], hidden, down, group_sizes, transposed=static[2])
+    return out, (rows, gate_up, down, group_sizes, kept)
+
+
+def _experts_bwd(static: _Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    implementation, activation, transposed = static
+    rows, gate_up, down, group_sizes, kept = saved
+
+    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return reference.ACTIVATIONS[activation](gate) * up
+
+    dhidden = product(implementation, grad, down, group_sizes, transposed=not transposed)
+    hidden, pull = jax.vjp(gated, *jnp.split(kept.astype(jnp.float32), 2, axis=1))
+    dkept = jnp.concatenate(pull(dhidden.astype(jnp.float32)), axis=1).astype(rows.dtype)
+    return (
+        product(implementation, dkept, gate_up, group_sizes, transposed=not transposed),
+        outer(implementation, rows, dkept, group_sizes, transposed=transposed),
+        outer(implementation, hidden.astype(rows.dtype), grad, group_sizes, transposed=transposed),
+        no_gradient(group_sizes),
     )
-    gate, up = jnp.split(product(rows, gate_up), 2, axis=1)
-    hidden = (ACTIVATIONS[activation](gate) * up).astype(rows.dtype)
-    # Past the last group ragged_dot leaves zeros on some backends and anything on others.
-    used = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes)
-    return jnp.where(used[:, None], product(hidden, down), 0.0).astype(rows.dtype)
+
+
+_experts.defvjp(_experts_fwd, _experts_bwd)
+_experts_jit = compiled(_experts)
 
 
 def experts(
@@ -42,28 +85,31 @@ def experts(
     group_sizes: jax.Array,
     *,
     activation: str = "silu",
+    transposed: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Applies each expert to its group of rows: (activation(gate) * up) @ down with gate, up = split(rows @ gate_up).
 
-    Runs on every device through `jax.lax.ragged_dot`, and is correct on all of them; on NVIDIA GPUs that is far from
-    fast. There is no Pallas kernel for it yet: asking for "pallas" or "interpret" is an error.
+    Two kernels, whatever the sizes of the groups: a grouped matmul that ends in the activation, and a second one.
 
     Args:
-      rows: [M, H] bfloat16, float16 or float32, in expert order, as `dispatch` returns them.
-      gate_up: [E, H, 2 * I] of rows' dtype: columns [0, I) are the gate, [I, 2 * I) the up projection.
-      down: [E, I, H] of rows' dtype.
-      group_sizes: int32 [E], how many rows each expert has; from the plan.
+      rows: [M, H] bfloat16, float16 or float32, in expert order, as `dispatch` returns them. M may be 0.
+      gate_up: [E, H, 2 * I] of rows' dtype: columns [0, I) are the gate, [I, 2 * I) the up projection. With
+        `transposed` [E, 2 * I, H].
+      down: [E, I, H] of rows' dtype; with `transposed` [E, H, I].
+      group_sizes: int32 [E], how many rows each expert has; from the plan. Their sum is at most M.
       activation: "silu", "gelu" (exact) or "gelu_tanh", taken in float32.
-      implementation: "xla" or None.
+      transposed: whether the weights lie as Hugging Face transformers has them. They are read as they lie.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
-      [M, H] in rows' dtype; rows behind the last group are zero.
+      [M, H] in rows' dtype; rows behind the last group are zero. Differentiable in rows, gate_up and down; kept for it
+      are rows, and gate and up in rows' dtype (under `jax.checkpoint` they are computed again).
 
     Raises:
       ValueError: names the argument, what was expected and what came.
 
-    Source: Shazeer, arXiv:2002.05202 (SwiGLU); the stacked layout is that of Hugging Face transformers, transposed.
+    Source: Shazeer, arXiv:2002.05202 (SwiGLU).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmoe
@@ -73,19 +119,22 @@ def experts(
       >>> (y / jax.nn.silu(1.0)).tolist()
       [[2.0], [4.0]]
     """
+    if type(transposed) is not bool:
+        raise ValueError(f"transposed: expected a bool, got {transposed!r}")
     check_array("rows", rows, ("M", "H"))
-    check_array("gate_up", gate_up, ("E", rows.shape[1], "2 * I"), (rows.dtype,))
-    num_experts, width, twice = gate_up.shape
+    width = rows.shape[1]
+    check_array("gate_up", gate_up, ("E", "2 * I", width) if transposed else ("E", width, "2 * I"), (rows.dtype,))
+    arguments.check_at_least_one("gate_up", gate_up, 0)
+    num_experts, twice = gate_up.shape[0], gate_up.shape[1 if transposed else 2]
     if twice % 2:
-        raise ValueError(f"gate_up: expected an even last axis, gate and up side by side, got {twice}")
-    check_array("down", down, (num_experts, twice // 2, width), (rows.dtype,))
+        axis = "second" if transposed else "last"
+        raise ValueError(f"gate_up: expected an even {axis} axis, gate and up side by side, got {twice}")
+    inner = twice // 2
+    check_array("down", down, (num_experts, width, inner) if transposed else (num_experts, inner, width), (rows.dtype,))
     check_array("group_sizes", group_sizes, (num_experts,), (jnp.int32,))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    check_implementation(implementation, rows)
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            f"implementation: expected None or 'xla' (experts has no Pallas kernel), got {implementation!r}"
-        )
+    check_implementation(implementation, rows, gate_up, down, group_sizes)
     arguments.check_one_device(rows=rows, gate_up=gate_up, down=down, group_sizes=group_sizes)
-    return _experts(rows, gate_up, down, group_sizes, activation=activation)
+    static = (implementation, activation, transposed)
+    return _experts_jit(static, rows, gate_up, down, group_sizes)

@@ -52,8 +52,7 @@ def moe(
       config: how to route.
       num_valid_tokens: tokens at or past this index come out as zeros. (A NaN in their x still reaches the router's
         gradient, through 0 * NaN: clear the padding where you train.)
-      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla". The experts'
-        matrix products go through `jax.lax.ragged_dot` in each case.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
       (y [T, H] in x's dtype, Routing). Differentiable in x and in every parameter but the bias.
@@ -91,5 +90,6 @@ def moe(
         logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
     )
     plan = plan_dispatch(routing.experts, config.num_expert_ids, implementation=implementation)
-    rows = experts(dispatch(x, plan, implementation=implementation), params.gate_up, params.down, plan.group_sizes)
+    rows = dispatch(x, plan, implementation=implementation)
+    rows = experts(rows, params.gate_up, params.down, plan.group_sizes, implementation=implementation)
     return combine(rows, plan, routing.weights, implementation=implementation), routing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,3 +190,53 @@ def combine_weight_grad(x: jax.Array, dy: jax.Array, rows: jax.Array) -> jax.Arr
         for j in range(rows.shape[1])
     ]
     return jnp.where(rows >= 0, jnp.stack(dots, axis=1), 0.0)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def _ragged_dot(a: jax.Array, b: jax.Array, group_sizes: jax.Array, sides: tuple[int, int], grouped: bool) -> jax.Array:
+    """float32: a, cut into groups along axis 0, times b over the axes `sides`; b has an axis 0 of groups or none."""
+    dot = functools.partial(
+        jax.lax.ragged_dot_general,
+        ragged_dot_dimension_numbers=jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((sides[0],), (sides[1],)), ((), ())),
+            lhs_ragged_dimensions=(0,),
+            rhs_group_dimensions=(0,) if grouped else (),
+        ),
+        # By default a GPU multiplies float32 with 10 bits of mantissa.
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return jax.custom_batching.sequential_vmap(dot)(a, b, group_sizes)  # jax batches it only where all is batched
+
+
+def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
+    """float32 [M, N]."""
+    out = _ragged_dot(rows, weight, group_sizes, (1, 2 if transposed else 1), True)
+    # Past the last group ragged_dot leaves zeros on some backends and anything on others.
+    used = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes)
+    return jnp.where(used[:, None], out, 0.0)
+
+
+def grouped_matmul(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, transposed: bool) -> jax.Array:
+    """[M, N]."""
+    return _product(rows, weight, group_sizes, transposed).astype(rows.dtype)
+
+
+def gated_matmul(
+    rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, activation: str, transposed: bool
+) -> tuple[jax.Array, jax.Array]:
+    """([M, I], gate and up [M, 2 * I])."""
+    kept = _product(rows, gate_up, group_sizes, transposed)
+    gate, up = jnp.split(kept, 2, axis=1)
+    return (ACTIVATIONS[activation](gate) * up).astype(rows.dtype), kept.astype(rows.dtype)
+
+
+def grouped_outer(a: jax.Array, b: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """[E, A, B]."""
+    return _ragged_dot(a, b, group_sizes, (0, 0), False).astype(a.dtype)

@@ -26,6 +26,11 @@ def config_for(width: int, dtype: Any, target: str) -> Config:
     return Config(columns=min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize), num_warps=1)
 
 
+def grid_for(num_tokens: int, width: int, config: Config) -> tuple[int, int]:
+    """The programs of the launch."""
+    return num_tokens, pl.cdiv(width, config.columns)
+
+
 def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool) -> None:
     x_ref, rows_ref, *rest = refs
     weights_ref = rest[0] if has_weights else None
@@ -74,7 +79,7 @@ def combine(
         *args,
         *([] if out is None else [out]),
         name="combine",
-        grid=(num_tokens, pl.cdiv(width, config.columns)),
+        grid=grid_for(num_tokens, width, config),
         out_shape=[jax.ShapeDtypeStruct((num_tokens, width), dtype)],
         num_warps=config.num_warps,
         aliases={} if out is None else {len(args): 0},
@@ -98,7 +103,7 @@ def _dot_kernel(
             return total + x * dy
 
         total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), step, jnp.zeros((config.columns,), jnp.float32))
-        out_ref[token, slot] = jnp.sum(total, axis=0)
+        out_ref[token, slot] = jnp.sum(total, axis=0).astype(out_ref.dtype)
 
 
 def combine_weight_grad(
@@ -107,11 +112,12 @@ def combine_weight_grad(
     rows: jax.Array,
     *,
     column: int = 0,
+    dtype: Any = jnp.float32,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
 ) -> jax.Array:
-    """float32 [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
+    """dtype [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
     num_tokens, num_slots = rows.shape
     width = dy.shape[1]
     config = config or config_for(width, x.dtype, target)
@@ -122,7 +128,7 @@ def combine_weight_grad(
         rows,
         name="combine_weight_grad",
         grid=(num_tokens,),
-        out_shape=[jax.ShapeDtypeStruct((num_tokens, num_slots), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((num_tokens, num_slots), dtype)],
         num_warps=config.num_warps,
         interpret=interpret,
     )[0]

@@ -18,12 +18,13 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
+STRIP = 8  # chunks whose counts are added up at once
+
 
 @dataclass(frozen=True)
 class Config:
     block: int  # pairs that are ranked at once
     chunks: int  # at most
-    strip: int  # chunks whose counts are added up at once
     num_warps: int
 
 
@@ -34,16 +35,15 @@ def config_for(num_items: int, num_experts: int, target: str) -> Config:
     block = 16 if num_items <= 128 else 32 if num_items <= 1024 else 64
     block = min(block, max(16, 16384 // next_power_of_2(num_experts)))
     many = num_items > 8192
-    return Config(
-        block=block, chunks=128 if many else 256, strip=1 if num_items <= 16 else 8, num_warps=8 if many else 4
-    )
+    return Config(block=block, chunks=128 if many else 256, num_warps=8 if many else 4)
 
 
 def num_rows(num_items: int, num_experts: int, align: int) -> int:
     """M: rows that hold every pair wherever the pairs fall."""
     if align == 1:
         return num_items
-    return pl.cdiv(num_items + num_experts * (align - 1), align) * align
+    # Plain arithmetic: torch.compile passes symbols.
+    return (num_items + num_experts * (align - 1) + align - 1) // align * align
 
 
 def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: int, num_experts: int, map_size: int) -> jax.Array:
@@ -93,7 +93,6 @@ def _place_kernel(
     map_size: int,
     num_experts: int,
     block: int,
-    strip: int,
     align: int,
     num_items: Any,
     rows: Any,
@@ -106,14 +105,13 @@ def _place_kernel(
     chunk, start = pl.program_id(0), pl.program_id(0) * (steps * block)
 
     # Two sums over the chunks at once: all of them, and those before this one.
-
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at, expert = i * strip + iota((strip, experts), 0), iota((strip, experts), 1)
+        at, expert = i * STRIP + iota((STRIP, experts), 0), iota((STRIP, experts), 1)
         counts = load(counts_ref.at[at, expert], mask=(at < chunks) & (expert < num_experts), other=0)
         return sums[0] + counts, sums[1] + jnp.where(at < chunk, counts, 0)
 
-    zeros = jnp.zeros((strip, experts), jnp.int32)
-    total, before = jax.lax.fori_loop(0, pl.cdiv(chunks, strip), add, (zeros, zeros))
+    zeros = jnp.zeros((STRIP, experts), jnp.int32)
+    total, before = jax.lax.fori_loop(0, pl.cdiv(chunks, STRIP), add, (zeros, zeros))
     size = jnp.sum(total, axis=0, dtype=jnp.int32)
     size = (size + (align - 1)) // align * align
     base = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size + jnp.sum(before, axis=0, dtype=jnp.int32)
@@ -175,7 +173,7 @@ def plan_dispatch(
         interpret=interpret,
     )
     flat_rows, slots, group_sizes = launch(
-        functools.partial(_place_kernel, **common, strip=config.strip, align=align),
+        functools.partial(_place_kernel, **common, align=align),
         *ids,
         counts,
         cleared,

@@ -61,7 +61,14 @@ def config_for(rule: Rule, target: str) -> Config:
 
 
 def _route_kernel(
-    *refs: Any, rule: Rule, config: Config, column: int, has_bias: bool, has_valid: bool, aliased: int
+    *refs: Any,
+    rule: Rule,
+    config: Config,
+    column: int,
+    has_bias: bool,
+    has_valid: bool,
+    aliased: int,
+    num_valid_tokens: Any = None,
 ) -> None:
     refs_in = iter(refs)
     logits_ref = next(refs_in)
@@ -126,7 +133,9 @@ def _route_kernel(
         ids = jnp.where(slot < k, ids, shared)
         weights = jnp.where(slot < k, weights, rule.shared_weight)
     if valid_ref is not None:
-        is_valid = row < valid_ref[0]
+        num_valid_tokens = valid_ref[0]
+    if num_valid_tokens is not None:
+        is_valid = row < num_valid_tokens
         ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
     written = slot < rule.num_slots
     store(weights_ref.at[row, slot], weights, mask=written)
@@ -142,7 +151,7 @@ def _route_kernel(
 def route(
     logits: jax.Array,
     bias: jax.Array | None,
-    num_valid_tokens: jax.Array | None,
+    num_valid_tokens: jax.Array | int | None,
     *,
     rule: Rule,
     column: int = 0,
@@ -155,13 +164,14 @@ def route(
     """(weights float32 [T, S], experts int32 [T, S]) and, with `clear_load`, a zeroed load int32 [num_ids].
 
     logits [T, at least column + E]: the experts' logits are its columns from `column` on, so a strided view needs
-    no copy. num_valid_tokens: int32 [1] or None. `out`: arrays of the results' shapes, whose buffers the results take
-    over.
+    no copy. num_valid_tokens: int32 [1], a number, or None. `out`: arrays of the results' shapes, whose buffers the
+    results take over.
     """
     num_tokens = logits.shape[0]
     if config is None:
         config = config_for(rule, target)
-    args = [logits, *(a for a in (bias, num_valid_tokens) if a is not None)]
+    valid = None if isinstance(num_valid_tokens, int) else num_valid_tokens
+    args = [logits, *([] if bias is None else [bias]), *([] if valid is None else [valid])]
     out = out or ()
     shape = (num_tokens, rule.num_slots)
     out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
@@ -173,7 +183,7 @@ def route(
         config=config,
         column=column,
         has_bias=bias is not None,
-        has_valid=num_valid_tokens is not None,
+        has_valid=valid is not None,
         aliased=len(out),
     )
     return launch(
@@ -182,6 +192,7 @@ def route(
         *out,
         name="route",
         grid=(num_tokens,),
+        sizes={"num_valid_tokens": num_valid_tokens} if isinstance(num_valid_tokens, int) else {},
         out_shape=out_shape,
         num_warps=config.num_warps,
         aliases={len(args) + i: i for i in range(len(out))},

@@ -90,6 +90,34 @@ class Report:
     shared_bytes: int
 
 
+@dataclass(frozen=True)
+class Binary:
+    """One kernel's machine code, with what a driver needs to launch it."""
+
+    name: str
+    code: bytes
+    threads: int  # of a program
+    shared_bytes: int
+    arguments: str  # "P" for a pointer, "i" for an int32; those behind the kernel's own are null
+    sizes: tuple[str, ...]
+
+
+def target_for(name: str, shared_bytes: int | None = None) -> Target:
+    """The target of that name; a CUDA device that is none of `TARGETS` is taken for the nearest older one's kind.
+
+    Raises ValueError where the kernels do not run: CUDA before sm_80, and AMD GPUs other than those in `TARGETS`.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    cuda = {int(t.arch): t for t in TARGETS.values() if t.platform == "cuda"}
+    older = [arch for arch in cuda if name.startswith("sm_") and arch <= int(name.removeprefix("sm_"))]
+    if not older:
+        raise ValueError(f"target: expected one of {tuple(TARGETS)} or a newer CUDA device, got {name!r}")
+    kind = cuda[max(older)]
+    arch = int(name.removeprefix("sm_"))
+    return dataclasses.replace(kind, name=name, arch=arch, shared_bytes=shared_bytes or kind.shared_bytes)
+
+
 def custom_call_target() -> str:
     """What a Pallas kernel is called in a lowered computation."""
     return getattr(plgpu, "CUSTOM_CALL_TARGET_NAME", "__gpu$xla.gpu.triton")  # public from jax 0.11.1 on
@@ -121,12 +149,12 @@ def _as_numbers(ttir: str, first: int, count: int) -> str:
     return ttir
 
 
-def lower(fn: Callable[..., Any], *args: Any, target: str, sizes_at_run_time: bool = False) -> list[Lowered]:
+def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run_time: bool = False) -> list[Lowered]:
     """The kernels that `jax.jit(fn)(*args)` launches on `target`, in order. `args` may be shapes (ShapeDtypeStruct).
 
     With `sizes_at_run_time` what depends on the number of rows is not built into a kernel, but passed to it.
     """
-    t = TARGETS[target]
+    t = target if isinstance(target, Target) else TARGETS[target]
     device = jax.sharding.AbstractDevice(device_kind=t.device_kind, platform=t.platform, num_cores=None)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     sizes: list[tuple[int, tuple[str, ...]]] = []
@@ -157,7 +185,7 @@ def lower(fn: Callable[..., Any], *args: Any, target: str, sizes_at_run_time: bo
     return found
 
 
-def compile_kernel(kernel: Lowered, target: str, **options: Any) -> Any:
+def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any:
     """Compiles for `target` with the installed triton, GPU or not; returns triton's compiled kernel.
 
     `options` are further ones of triton's. Raises RuntimeError where the kernel needs more shared memory than the
@@ -166,7 +194,7 @@ def compile_kernel(kernel: Lowered, target: str, **options: Any) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    t = TARGETS[target]
+    t = target if isinstance(target, Target) else TARGETS[target]
     gpu = GPUTarget("cuda" if t.platform == "cuda" else "hip", t.arch, t.warp_size)
     # Multiplications and additions are fused: triton's default up to 3.9, said aloud because 3.10 turns it around.
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True, **options}
@@ -176,9 +204,30 @@ def compile_kernel(kernel: Lowered, target: str, **options: Any) -> Any:
         compiled = triton.compile(str(path), target=gpu, options=options)
     if compiled.metadata.shared > t.shared_bytes:
         raise RuntimeError(
-            f"{kernel.name} needs {compiled.metadata.shared} bytes of shared memory, {target} has {t.shared_bytes}"
+            f"{kernel.name} needs {compiled.metadata.shared} bytes of shared memory, {t.name} has {t.shared_bytes}"
         )
     return compiled
+
+
+def binary(kernel: Lowered, compiled: Any) -> Binary:
+    """What `compile_kernel` returned, without triton; its arguments are read off the code and checked."""
+    metadata = compiled.metadata
+    if "cubin" in compiled.asm:
+        entry = compiled.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+        code, sizes = compiled.asm["cubin"], re.findall(r"\.param \.[ub](32|64)", entry)
+    else:
+        entries = re.findall(r"\.offset: .*\n\s*\.size: +(\d+)", compiled.asm["amdgcn"])
+        code, sizes = compiled.asm["hsaco"], [str(8 * int(size)) for size in entries]
+    arguments = "".join({"64": "P", "32": "i"}[size] for size in sizes)
+    declared = kernel.ttir[: kernel.ttir.index("{\n", kernel.ttir.index("tt.func"))]
+    wanted = "".join("P" if kind else "i" for kind in re.findall(r"%arg\d+: (?:(!tt\.ptr)|i32)", declared))
+    scratch = sum(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
+    if not wanted or not re.fullmatch(f"{wanted}P*", arguments) or scratch:
+        raise RuntimeError(
+            f"{kernel.name}: triton made arguments {arguments!r} of {wanted!r}, with {scratch} bytes of scratch memory"
+        )
+    threads = metadata.num_warps * metadata.target.warp_size
+    return Binary(metadata.name, code, threads, metadata.shared, arguments, kernel.sizes)
 
 
 def report(compiled: Any) -> Report:

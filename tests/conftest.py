@@ -22,6 +22,14 @@ def has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+@pytest.fixture
+def through_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on GPU tensors go through DLPack and JAX's runtime, as those on CPU tensors do."""
+    from bridge import path
+
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if GPU_TESTS in item.path.parents:

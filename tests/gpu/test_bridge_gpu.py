@@ -16,7 +16,10 @@ torch = pytest.importorskip("torch")
 import bridge  # noqa: E402
 from bridge import views  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU"),
+    pytest.mark.usefixtures("through_dlpack"),
+]
 
 CONFIG = jaxmoe.RoutingConfig(num_experts=64, top_k=4, n_group=8, topk_group=4)
 TOKENS, WIDTH = 512, 1024

@@ -189,12 +189,6 @@ def test_update_bias_leaves_shared_experts_out() -> None:
             ),
             r"activation: expected one of .*, got 'relu'",
         ),
-        (
-            lambda: jaxmoe.experts(
-                normal(0, 3, 4), normal(0, 2, 4, 6), normal(0, 2, 3, 4), jnp.zeros(2, I32), implementation="interpret"
-            ),
-            r"implementation: expected None or 'xla' \(experts has no Pallas kernel\)",
-        ),
     ],
 )
 def test_wrong_input(call: Any, message: str) -> None:

@@ -52,7 +52,7 @@ def test_however_the_pairs_are_cut(block: int, chunks: int) -> None:
         None,
         num_experts=9,
         align=4,
-        config=kernels.Config(block, chunks, strip=8, num_warps=4),
+        config=kernels.Config(block, chunks, num_warps=4),
         interpret=True,
     )
     check_plan(jaxmoe.DispatchPlan(*plan), experts, 9, 4)

@@ -1,0 +1,59 @@
+"""Drop-ins for other libraries' MoE functions: their names, arguments and results, jaxmoe's kernels underneath.
+
+`bridge.compat.vllm` and `bridge.compat.aiter`: change the import, keep the call. What an argument asks for is done or
+refused with a ValueError that names it. Neither library is needed. What the two share stands here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import bridge
+
+
+def described(value: Any) -> str:
+    """What an error says that came."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def check_matrix(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a tensor with two axes."""
+    if not isinstance(value, torch.Tensor) or value.ndim != 2:
+        raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {described(value)}")
+
+
+def renamed(error: ValueError, names: Mapping[str, str]) -> ValueError:
+    """The error of a function of the bridge, the argument called what the drop-in calls it."""
+    name, colon, rest = str(error).partition(":")
+    return ValueError(names.get(name, name) + colon + rest)
+
+
+_made_once = functools.lru_cache(maxsize=256, typed=True)(bridge.RoutingConfig)  # its checks take longer than a call
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _config(**fields: Any) -> bridge.RoutingConfig:
+    """A constant to torch.compile, which need not trace the checks."""
+    return _made_once(**fields)
+
+
+def route_groups(
+    gating_output: torch.Tensor,
+    bias: torch.Tensor | None,
+    names: Mapping[str, str],
+    out: bridge.Routing | None = None,
+    **fields: Any,
+) -> bridge.Routing:
+    """`bridge.route` without the load; `fields` are the config's, `names` what the drop-in calls its arguments."""
+    check_matrix("gating_output", gating_output)
+    try:
+        config = _config(num_experts=gating_output.shape[1], **fields)
+        return bridge.route(gating_output, bias, config=config, return_load=False, out=out)
+    except ValueError as error:
+        raise renamed(error, names) from None

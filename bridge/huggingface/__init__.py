@@ -1,0 +1,173 @@
+"""jaxmoe in the models of Hugging Face transformers.
+
+`patch(model)` puts the routers and experts of a whole model on jaxmoe. Importing this package also registers "jaxmoe"
+with transformers' experts interface: `from_pretrained(..., experts_implementation="jaxmoe")` runs the experts alone,
+behind whatever router the model has, and serves every model whose experts follow that interface.
+
+Example:
+  >>> import torch, transformers, bridge.huggingface
+  >>> config = transformers.MixtralConfig(
+  ...     hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+  ...     vocab_size=64, num_local_experts=4, bos_token_id=None, eos_token_id=None,
+  ... )
+  >>> model, tokens = transformers.MixtralForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
+  >>> with torch.no_grad():
+  ...     expected = model(tokens).logits
+  ...     with bridge.huggingface.patch(model):
+  ...         logits = model(tokens).logits
+  >>> torch.allclose(logits, expected, atol=1e-5)
+  True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bridge.huggingface.fold import copy_dense, fold, num_foldable
+from bridge.huggingface.forward import experts_forward, forward_fused, forward_router
+from jaxmoe import RoutingConfig
+
+__all__ = ["Patch", "experts_forward", "patch"]
+
+
+class Patch(AbstractContextManager["Patch"]):
+    """What `patch` returns. Leaving it as a context manager restores the model."""
+
+    def __init__(self, undo: ExitStack) -> None:
+        self._undo = undo
+
+    def restore(self) -> None:
+        """Gives the model back as it was, with the values that its parameters have by now. Once is enough."""
+        self._undo.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
+    """Puts the MoE layers of a transformers model on jaxmoe, in place.
+
+    Routers run `bridge.router_logits` and `bridge.route` on their weight and bias as they are stored, whatever their
+    dtype; experts run `bridge.plan_dispatch`, `dispatch`, `experts` and `combine`. What the kernels read is made
+    contiguous here, once; parameters and buffers stay the same objects, with the same names and shapes, so checkpoints
+    load before and after. Router logits are float32 in every model, also in those whose own routers round them to the
+    activations' dtype before they choose. The first layers of DeepSeek-V4, which choose experts by token id, keep their
+    router and their shared expert.
+
+    Args:
+      model: a transformers model, or a part of one, of a family that `RoutingConfig.from_hf` knows.
+      fuse_shared_experts: also folds the shared experts of each layer into the stacks of its experts, and routes to
+        them in the same top-k; a shared MLP that is n times as wide as an expert becomes n experts. Until `restore` the
+        stacks are larger and the shared MLP has no weights of its own: make optimizers afterwards. Gradients of these
+        parameters are dropped, here and at `restore`. `state_dict` and `load_state_dict` keep all names and shapes.
+
+    Returns:
+      Patch: call its `restore()`, or use it as a context manager.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came: a model without MoE layers or of another family;
+        one that is patched, or has modules whose forward was replaced otherwise; when fusing, shared experts that are
+        not simply added (Qwen3-Next), cannot be split into experts like the routed ones, or do not exist. Nothing has
+        been changed then.
+
+    Source: the modules of Hugging Face transformers 5.23.
+
+    Example:
+      >>> import torch, bridge.huggingface
+      >>> bridge.huggingface.patch(torch.nn.Linear(2, 2))
+      Traceback (most recent call last):
+          ...
+      ValueError: model: expected a transformers model with MoE layers, got Linear without any
+    """
+    layers = _find_layers(model)
+    if fuse_shared_experts:
+        layers = [_with_shared(layer) for layer in layers]
+    with ExitStack() as undo:
+        for layer in layers:
+            for tensor in _read_by_kernels(layer):
+                _make_dense(tensor)
+            if layer.config:
+                _replace_forward(undo, layer.router, forward_router, layer.config)
+            _replace_forward(undo, layer.experts, experts_forward)
+            if layer.config and layer.config.n_shared_experts:
+                _replace_forward(undo, layer.block, forward_fused)
+                fold(undo, layer.block)
+        return Patch(undo.pop_all())
+
+
+class _Layer(NamedTuple):
+    """An MoE layer: modules of transformers, and how its router routes, None where it chooses by token id."""
+
+    name: str
+    block: Any
+    router: Any
+    experts: Any
+    config: RoutingConfig | None  # n_shared_experts counts those that are folded
+
+
+def _find_layers(model: nn.Module) -> list[_Layer]:
+    layers = []
+    for name, block in model.named_modules():
+        experts: Any = getattr(block, "experts", None)
+        router = getattr(block, "gate", getattr(block, "router", None))
+        if not (isinstance(router, nn.Module) and hasattr(experts, "is_concatenated")):
+            continue
+        config = dataclasses.replace(_routing(experts.config), n_shared_experts=0)
+        layers.append(_Layer(name, block, router, experts, None if hasattr(router, "tid2eid") else config))
+    for layer in layers:
+        for module in (layer.block, layer.router, layer.experts):
+            _check_module(layer.name, module)
+    if not layers:
+        if hasattr(model, "config"):
+            _routing(model.config)
+        got = f"{type(model).__name__} without any"
+        raise ValueError(f"model: expected a transformers model with MoE layers, got {got}")
+    return layers
+
+
+def _routing(hf_config: Any) -> RoutingConfig:
+    try:
+        return RoutingConfig.from_hf(hf_config)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Raises ValueError where a module's forward pass is not the one that we know."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformers.models."):
+        got = f"{kind.__module__}.{kind.__name__} in {name!r}"
+        raise ValueError(f"model: expected modules of transformers.models, got {got}")
+    if "forward" in vars(module):
+        got = f"another one on the {kind.__name__} in {name!r}"
+        raise ValueError(f"model: expected modules with the forward of their class, got {got}; restore it first")
+
+
+def _with_shared(layer: _Layer) -> _Layer:
+    if layer.config is None:
+        return layer
+    config = dataclasses.replace(layer.config, n_shared_experts=num_foldable(layer.name, layer.block))
+    return layer._replace(config=config)
+
+
+def _read_by_kernels(layer: _Layer) -> list[torch.Tensor]:
+    router = [*layer.router.parameters(), *layer.router.buffers(), *layer.block.buffers(recurse=False)]
+    return [*router, *layer.experts.parameters()]
+
+
+def _make_dense(tensor: torch.Tensor) -> None:
+    """Makes a parameter or buffer contiguous, and readable for JAX on a CPU; the object stays the same."""
+    aligned = tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0
+    if not (tensor.is_contiguous() and aligned):
+        tensor.data = copy_dense(tensor.data)
+
+
+def _replace_forward(undo: ExitStack, module: nn.Module, forward: Any, *options: Any) -> None:
+    module.forward = functools.partial(forward, module, *options)
+    undo.callback(delattr, module, "forward")

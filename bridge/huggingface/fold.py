@@ -1,0 +1,149 @@
+"""Shared experts as experts among the others: their weights move into the stacks of the routed ones, and back.
+
+A shared MLP that is s times as wide as an expert is s experts side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+Stacks = dict[str, tuple[str, ...]]
+
+# A stack of the experts takes up these projections of the shared MLP.
+_GATED: Stacks = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_UNGATED: Stacks = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+
+
+def num_foldable(name: str, block: Any) -> int:
+    """How many experts the shared MLP of a layer is. Raises ValueError where it cannot be folded."""
+    fail = lambda expected, got: ValueError(f"fuse_shared_experts: expected {expected}, got {got} in {name!r}")
+    if hasattr(block, "shared_expert_gate"):
+        raise fail("shared experts that are simply added", "one that is multiplied by a gate of its own")
+    mlp, experts = getattr(block, "shared_experts", None), block.experts
+    if mlp is None:
+        raise fail("shared experts", "none")
+    if not isinstance(getattr(block, "fc1_latent_proj", nn.Identity()), nn.Identity):
+        raise fail("shared experts that read what the routed ones read", "routed ones behind a projection")
+    weights = [getattr(mlp, part).weight for parts in _stacks(experts).values() for part in parts]
+    if len(list(mlp.parameters())) != len(weights):
+        raise fail("shared experts without biases", "biases")
+    width, (_, _, inner) = mlp.down_proj.weight.shape[1], experts.down_proj.shape
+    if width % inner:
+        raise fail(f"shared experts of a multiple of the routed ones' width, {inner}", f"a width of {width}")
+    kind = lambda weight: f"{weight.dtype} on {weight.device} with requires_grad={weight.requires_grad}"
+    for weight in weights:
+        if kind(weight) != kind(experts.down_proj):
+            raise fail(f"shared experts like the routed ones, {kind(experts.down_proj)}", kind(weight))
+    return int(width // inner)
+
+
+def _stacks(experts: Any) -> Stacks:
+    return _GATED if experts.has_gate else _UNGATED
+
+
+def _join(stack: str, routed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The stack of the routed experts and of those that lie side by side in a shared MLP's projections."""
+    if stack == "down_proj":  # [H, s * I]
+        shared = parts[0].unflatten(1, (-1, routed.shape[2])).transpose(0, 1)
+    else:  # [s * I, H] each
+        shared = torch.cat([part.unflatten(0, (-1, routed.shape[1] // len(parts))) for part in parts], dim=1)
+    return torch.cat([routed, shared])
+
+
+def _split(stack: str, tensor: torch.Tensor, num_routed: int, num_parts: int) -> list[torch.Tensor]:
+    """The inverse of `_join`: the routed experts as a view, the shared MLP's projections as copies."""
+    routed, shared = tensor[:num_routed], tensor[num_routed:]
+    if stack == "down_proj":
+        return [routed, copy_dense(shared.transpose(0, 1)).flatten(1)]
+    return [routed, *(copy_dense(part).flatten(0, 1) for part in shared.chunk(num_parts, dim=1))]
+
+
+def copy_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _set(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Gives a parameter data of another shape, which no gradient may outlive."""
+    parameter.grad = None
+    parameter.data = data
+
+
+def fold(undo: ExitStack, block: Any) -> None:
+    """Moves the shared experts into the stacks of the routed ones, for good until undone."""
+    kept = []
+    for stack, parts in _stacks(block.experts).items():
+        linears = [getattr(block.shared_experts, part) for part in parts]
+        routed = getattr(block.experts, stack)
+        _set(routed, _join(stack, routed.data, [linear.weight.data for linear in linears]))
+        for linear in linears:
+            kept.append(linear.weight)  # the object that comes back
+            _set(linear.weight, linear.weight.data.new_empty(0))
+            linear.register_parameter("weight", None)
+    undo.callback(_unfold, block, kept)
+    undo.callback(block.register_state_dict_post_hook(_save_folded).remove)
+    undo.callback(block.register_load_state_dict_pre_hook(_load_folded).remove)
+
+
+def _unfold(block: Any, kept: list[nn.Parameter]) -> None:
+    weights = iter(kept)
+    for stack, parts in _stacks(block.experts).items():
+        folded = getattr(block.experts, stack)
+        routed, *shared = _split(stack, folded.data, _num_routed(block), len(parts))
+        _set(folded, copy_dense(routed))
+        for part, value in zip(parts, shared, strict=True):
+            weight = next(weights)
+            weight.requires_grad_(folded.requires_grad)
+            _set(weight, value)
+            getattr(block.shared_experts, part).weight = weight
+
+
+def _num_routed(block: Any) -> int:
+    return int(block.gate.weight.shape[0])
+
+
+def _keys(prefix: str, stack: str, parts: Sequence[str]) -> list[str]:
+    """The names in a state dict of what `_split` gives."""
+    return [f"{prefix}experts.{stack}", *(f"{prefix}shared_experts.{part}.weight" for part in parts)]
+
+
+def _save_folded(block: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook of `state_dict`: the names and shapes of a layer that is not folded."""
+    for stack, parts in _stacks(block.experts).items():
+        keys = _keys(prefix, stack, parts)
+        state.update(zip(keys, _split(stack, state[keys[0]], _num_routed(block), len(parts)), strict=True))
+
+
+def _load_folded(
+    block: Any,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """A hook of `load_state_dict`: takes the names and shapes of a layer that is not folded."""
+    for stack, parts in _stacks(block.experts).items():
+        keys = _keys(prefix, stack, parts)
+        now = _split(stack, getattr(block.experts, stack).data, _num_routed(block), len(parts))
+        given = [state.pop(key, None) for key in keys]
+        found = [value for value in given if value is not None]
+        missing_keys += [
+            key for key, value in zip(keys, given, strict=True) if value is None and (found or key != keys[0])
+        ]
+        wrong = [
+            f"size mismatch for {key}: expected {tuple(old.shape)}, got {tuple(value.shape)}"
+            for key, value, old in zip(keys, given, now, strict=True)
+            if value is not None and value.shape != old.shape
+        ]
+        error_msgs += wrong
+        if found and not wrong:
+            routed, *shared = (old.to(found[0]) if v is None else v for v, old in zip(given, now, strict=True))
+            state[keys[0]] = _join(stack, routed, shared)

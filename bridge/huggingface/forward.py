@@ -1,0 +1,106 @@
+"""The forward passes of a patched model: of its routers, its experts, and its layers with folded shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+import bridge
+from jaxmoe import RoutingConfig
+
+_SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+
+
+def forward_router(
+    router: Any, config: RoutingConfig, hidden_states: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, weights, ids), as transformers' routers return them. MiniMax-M2 hands its router the bias."""
+    if bias is None:  # Ernie's is one module further down
+        bias = getattr(getattr(router, "moe_statics", router), "e_score_correction_bias", None)
+    logits = bridge.router_logits(hidden_states.reshape(-1, hidden_states.shape[-1]), router.weight)
+    if (logit_bias := getattr(router, "bias", None)) is not None:  # gpt-oss
+        logits = logits + logit_bias
+    bias = None if bias is None else bias.view(-1)
+    weights, ids, _ = bridge.route(logits, bias, config=config, return_load=False)
+    return logits, weights, ids
+
+
+def experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The forward pass of an experts module: what transformers' experts interface calls for "jaxmoe".
+
+    Args:
+      self: a module of a class under transformers' `use_experts_implementation`.
+      hidden_states: [T, H].
+      top_k_index: [T, S] of any integer dtype; an id that is not below the number of experts is dropped.
+      top_k_weights: [T, S] of any float dtype.
+
+    Returns:
+      [T, H] in hidden_states' dtype. Differentiable in hidden_states, top_k_weights and the module's parameters.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: the experts interface of Hugging Face transformers 5.23.
+
+    Example:
+      >>> import bridge.huggingface
+      >>> from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+      >>> ALL_EXPERTS_FUNCTIONS["jaxmoe"] is bridge.huggingface.experts_forward
+      True
+    """
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    up, down = (weight if self.is_transposed else weight.mT for weight in (up, self.down_proj))
+    ids = top_k_index.to(torch.int32)  # those of a patched router are
+    plan = bridge.plan_dispatch(ids, down.shape[0])
+    rows = bridge.dispatch(hidden_states.to(down.dtype), plan)  # they differ under autocast alone
+    if _is_swiglu(self):
+        rows = bridge.experts(rows, up, down, plan.group_sizes)
+    else:
+        rows = _mlp(self, rows, up, down, ids, plan)
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return bridge.combine(rows, plan, top_k_weights).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("jaxmoe", experts_forward)
+
+
+def _is_swiglu(experts: Any) -> bool:
+    """Whether the experts are what `bridge.experts` computes."""
+    if experts.has_bias or not (experts.has_gate and experts.is_concatenated):
+        return False
+    # A class without a gate of its own has been given one by transformers.
+    usual = experts._apply_gate.__module__ == use_experts_implementation.__module__
+    return usual and isinstance(experts.act_fn, _SILU)
+
+
+def _mlp(
+    experts: Any,
+    rows: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    ids: torch.Tensor,
+    plan: bridge.DispatchPlan,
+) -> torch.Tensor:
+    """Experts of any other kind: biases, clamps, other activations, no gate."""
+    biases: list[torch.Tensor] = []
+    if experts.has_bias:  # one for each row; any for a row without a token
+        of_row = ids.flatten().index_select(0, plan.slots.clamp(min=0)).clamp(0, down.shape[0] - 1)
+        up_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        biases = [bias.index_select(0, of_row) for bias in (up_bias, experts.down_proj_bias)]
+    rows = bridge.grouped_matmul(rows, up, plan.group_sizes)
+    rows = rows + biases[0] if biases else rows
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = bridge.grouped_matmul(rows, down, plan.group_sizes)
+    return rows + biases[1] if biases else rows
+
+
+def forward_fused(block: Any, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """A layer whose shared experts are slots. DeepSeek-V4 hands every layer `input_ids`; these do not route by it."""
+    _, weights, ids = block.gate(hidden_states)
+    return block.experts(hidden_states.flatten(0, -2), ids, weights).view(hidden_states.shape)

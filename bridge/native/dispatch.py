@@ -1,0 +1,218 @@
+"""Launches of the plan, dispatch and combine kernels, on tensors that have been checked."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from bridge.native.build import JAX_DTYPES, aligned, build, row_stride, rows_for, shape
+from bridge.native.driver import Kernel
+from kernels_pallas import combine as combine_kernels
+from kernels_pallas import dispatch as dispatch_kernels
+from kernels_pallas import plan_dispatch as plan_kernels
+
+INT32 = torch.int32
+
+
+def _platform() -> str:
+    return "rocm" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def _plan(
+    num_experts: int, align: int, map_size: int | None, config: plan_kernels.Config, is_aligned: bool, device: int
+) -> list[Kernel]:
+    return build(
+        plan_kernels.plan_dispatch,
+        device,
+        is_aligned,
+        experts=shape(INT32, 1, 1),
+        expert_map=None if map_size is None else shape(INT32, map_size),
+        num_experts=num_experts,
+        align=align,
+        config=config,
+    )
+
+
+def plan_dispatch(
+    experts: torch.Tensor,
+    num_experts: int,
+    align: int,
+    expert_map: torch.Tensor | None,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    group_sizes: torch.Tensor,
+) -> None:
+    """Fills rows, slots and group_sizes."""
+    num_items = experts.numel()
+    if num_items == 0:
+        slots.fill_(-1)
+        group_sizes.zero_()
+        return
+    config = plan_kernels.config_for(num_items, num_experts, _platform())
+    sizes = plan_kernels.sizes_for(num_items, num_experts, align, config)
+    counts = experts.new_empty(sizes["chunks"] * num_experts)
+    ids = [experts.data_ptr()]
+    if expert_map is not None:
+        ids.append(expert_map.data_ptr())
+    outs = rows.data_ptr(), slots.data_ptr(), group_sizes.data_ptr()
+    count, place = _plan(
+        num_experts,
+        align,
+        None if expert_map is None else expert_map.numel(),
+        config,
+        aligned(*ids, *outs, counts.data_ptr()),
+        experts.get_device(),
+    )
+    chunks, numbers = sizes["chunks"], sizes.values()
+    count(chunks, 1, *ids, *numbers, counts.data_ptr(), outs[1])
+    place(chunks, 1, *ids, counts.data_ptr(), outs[1], *numbers, *outs)
+
+
+@functools.cache
+def _dispatch(
+    x: torch.dtype,
+    out: torch.dtype,
+    scale: torch.dtype | None,
+    num_slots: int,
+    width: int,
+    stride: int,
+    tokens: int,
+    rows: int,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    return build(
+        dispatch_kernels.dispatch,
+        device,
+        is_aligned,
+        x=shape(x, tokens, stride),
+        rows=shape(INT32, tokens, num_slots),
+        slots=shape(INT32, rows),
+        scale=None if scale is None else shape(scale, tokens, num_slots),
+        width=width,
+        dtype=JAX_DTYPES[out],
+    )[0]
+
+
+def dispatch(
+    x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Fills `out` [M, H] from x [T, H], each row times its scale [T, S] where there is one."""
+    (num_tokens, num_slots), (num_rows, width) = rows.shape, out.shape
+    if num_tokens == 0 or out.numel() == 0:
+        out.zero_()
+        return
+    ins = [x.data_ptr(), rows.data_ptr(), slots.data_ptr()]
+    if scale is not None:
+        ins.append(scale.data_ptr())
+    into, stride = out.data_ptr(), row_stride(x)
+    kernel = _dispatch(
+        x.dtype,
+        out.dtype,
+        None if scale is None else scale.dtype,
+        num_slots,
+        width,
+        stride,
+        rows_for(num_tokens, stride, x.itemsize),
+        rows_for(num_rows, width, out.itemsize),
+        aligned(*ins, into),
+        x.get_device(),
+    )
+    config = dispatch_kernels.config_for(width, JAX_DTYPES[out.dtype], _platform())
+    kernel(*dispatch_kernels.grid_for(num_tokens, num_rows, width, config), *ins, num_tokens, num_rows, into)
+
+
+@functools.cache
+def _combine(
+    x: torch.dtype,
+    weights: torch.dtype | None,
+    num_slots: int,
+    width: int,
+    stride: int,
+    rows: int,
+    tokens: int,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    return build(
+        combine_kernels.combine,
+        device,
+        is_aligned,
+        x=shape(x, rows, stride),
+        rows=shape(INT32, tokens, num_slots),
+        weights=None if weights is None else shape(weights, tokens, num_slots),
+        width=width,
+    )[0]
+
+
+def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Fills `out` [T, H] with the sums of rows of x [M, H], weighted where there are weights [T, S]."""
+    (num_tokens, num_slots), (num_rows, width) = rows.shape, x.shape
+    if out.numel() == 0 or num_rows == 0:
+        out.zero_()
+        return
+    ins = [x.data_ptr(), rows.data_ptr()]
+    if weights is not None:
+        ins.append(weights.data_ptr())
+    into, stride = out.data_ptr(), row_stride(x)
+    kernel = _combine(
+        x.dtype,
+        None if weights is None else weights.dtype,
+        num_slots,
+        width,
+        stride,
+        rows_for(num_rows, stride, x.itemsize),
+        rows_for(num_tokens, width, out.itemsize),
+        aligned(*ins, into),
+        x.get_device(),
+    )
+    config = combine_kernels.config_for(width, JAX_DTYPES[x.dtype], _platform())
+    kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, into)
+
+
+@functools.cache
+def _weight_grad(
+    x: torch.dtype,
+    dy: torch.dtype,
+    out: torch.dtype,
+    num_slots: int,
+    width: int,
+    stride: int,
+    rows: int,
+    tokens: int,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    return build(
+        combine_kernels.combine_weight_grad,
+        device,
+        is_aligned,
+        x=shape(x, rows, stride),
+        dy=shape(dy, tokens, width),
+        rows=shape(INT32, tokens, num_slots),
+        dtype=JAX_DTYPES[out],
+    )[0]
+
+
+def combine_weight_grad(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills `out` [T, S] with the products of the rows of x [M, H] and dy [T, H]."""
+    (num_tokens, num_slots), (num_rows, width) = rows.shape, x.shape
+    if 0 in (num_tokens, num_rows, width):
+        out.zero_()
+        return
+    addresses, stride = (x.data_ptr(), dy.data_ptr(), rows.data_ptr(), out.data_ptr()), row_stride(x)
+    kernel = _weight_grad(
+        x.dtype,
+        dy.dtype,
+        out.dtype,
+        num_slots,
+        width,
+        stride,
+        rows_for(num_rows, stride, x.itemsize),
+        rows_for(num_tokens, width, dy.itemsize),
+        aligned(*addresses),
+        x.get_device(),
+    )
+    kernel(num_tokens, 1, *addresses)

@@ -1,0 +1,114 @@
+"""Launches of the grouped matmul kernels, on tensors that have been checked.
+
+A weight is [E, K, N], or a transposed view of one that lies in memory as [E, N, K].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from bridge.native.build import JAX_DTYPES, aligned, build, rows_for, shape
+from bridge.native.driver import Kernel
+from kernels_pallas import grouped_matmul as kernels
+from kernels_pallas import grouped_matmul_grad as grad_kernels
+
+INT32 = torch.int32
+
+
+def _platform() -> str:
+    return "rocm" if torch.version.hip else "cuda"
+
+
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Whether [E, K, N] lies in memory as [E, N, K]."""
+    return not weight.is_contiguous()
+
+
+@functools.cache
+def _matmul(
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],  # of the weight as it lies in memory
+    activation: str | None,
+    keep: bool,
+    transposed: bool,
+    rows: int,
+    config: kernels.Config,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    depth = sizes[2 if transposed else 1]
+    arrays = {"rows": shape(dtype, rows, depth)}
+    static: dict[str, Any] = {"transposed": transposed, "config": config}
+    function: Any = kernels.grouped_matmul
+    if activation is None:
+        arrays["weight"] = shape(dtype, *sizes)
+    else:
+        arrays["gate_up"] = shape(dtype, *sizes)
+        static |= {"activation": activation, "keep": keep}
+        function = kernels.gated_matmul
+    return build(function, device, is_aligned, **arrays, group_sizes=shape(INT32, sizes[0]), **static)[0]
+
+
+def _run(
+    rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, activation: str | None, *outs: torch.Tensor
+) -> None:
+    num_rows, depth = rows.shape
+    if outs[0].numel() == 0 or depth == 0:
+        for out in outs:
+            out.zero_()
+        return
+    num_experts, width, transposed = weight.shape[0], outs[0].shape[1], is_transposed(weight)
+    config = kernels.config_for(
+        num_rows, num_experts, depth, width, JAX_DTYPES[rows.dtype], _platform(), gated=activation is not None
+    )
+    ins, into = [tensor.data_ptr() for tensor in (rows, weight, group_sizes)], [out.data_ptr() for out in outs]
+    kernel = _matmul(
+        rows.dtype,
+        tuple(weight.mT.shape if transposed else weight.shape),
+        activation,
+        len(outs) > 1,
+        transposed,
+        rows_for(num_rows, max(depth, outs[-1].shape[1]), rows.itemsize),
+        config,
+        aligned(*ins, *into),
+        rows.get_device(),
+    )
+    (programs,) = kernels.grid_for(num_rows, num_experts, width, config)
+    kernel(programs, 1, *ins, num_rows, *into)
+
+
+def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills `out` [M, N] with each group of rows [M, K] times its weight."""
+    _run(rows, weight, group_sizes, None, out)
+
+
+def gated_matmul(
+    rows: torch.Tensor, gate_up: torch.Tensor, group_sizes: torch.Tensor, activation: str, *outs: torch.Tensor
+) -> None:
+    """Fills the first of `outs`, [M, I], with activation(gate) * up, and a second with gate and up side by side."""
+    _run(rows, gate_up, group_sizes, activation, *outs)
+
+
+@functools.cache
+def _outer(dtype: torch.dtype, experts: int, left: int, right: int, rows: int, is_aligned: bool, device: int) -> Kernel:
+    arrays = {"a": shape(dtype, rows, left), "b": shape(dtype, rows, right), "group_sizes": shape(INT32, experts)}
+    return build(grad_kernels.grouped_outer, device, is_aligned, **arrays)[0]
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills `out` [E, A, B], or a transposed view of [E, B, A], with each expert's a.T @ b."""
+    if is_transposed(out):
+        a, b, out = b, a, out.mT
+    (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
+    if 0 in (num_rows, left, right):
+        out.zero_()
+        return
+    config = grad_kernels.config_for(left, right, JAX_DTYPES[a.dtype], _platform())
+    ins, into = [tensor.data_ptr() for tensor in (a, b, group_sizes)], out.data_ptr()
+    rows = rows_for(num_rows, max(left, right), a.itemsize)
+    kernel = _outer(a.dtype, num_experts, left, right, rows, aligned(*ins, into), a.get_device())
+    (programs,) = grad_kernels.grid_for(num_experts, left, right, config)
+    kernel(programs, 1, *ins, num_rows, into)

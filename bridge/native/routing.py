@@ -1,0 +1,238 @@
+"""Launches of the routing kernels, on tensors that have been checked."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from bridge.native.build import JAX_DTYPES, aligned, build, row_stride, rows_for, shape
+from bridge.native.driver import Kernel
+from jaxmoe.config import RoutingConfig, rule_for
+from kernels_pallas import count, route_grad, router_logits_grad
+from kernels_pallas import route as route_kernels
+from kernels_pallas import router_logits as logits_kernels
+
+INT32, FLOAT32 = torch.int32, torch.float32
+
+
+@functools.cache
+def config_of(text: str) -> RoutingConfig:
+    """The config that an op was given as a string."""
+    return RoutingConfig.from_json(text)
+
+
+@functools.cache
+def sizes_of(text: str) -> tuple[int, int]:
+    """(E, S) of the config."""
+    config = config_of(text)
+    return config.num_experts, config.num_slots
+
+
+@functools.cache
+def _route(
+    config: str,
+    logits: torch.dtype,
+    bias: torch.dtype | None,
+    valid: str | None,
+    with_load: bool,
+    stride: int,
+    rows: int,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    rule = rule_for(config_of(config), bias is not None)
+    counts = {None: None, "number": 0, "tensor": shape(INT32, 1)}
+    return build(
+        route_kernels.route,
+        device,
+        is_aligned,
+        logits=shape(logits, rows, stride),
+        bias=None if bias is None else shape(bias, rule.num_experts),
+        num_valid_tokens=counts[valid],
+        rule=rule,
+        clear_load=with_load,
+    )[0]
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    number: int | None,
+    config: str,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    load: torch.Tensor | None,
+) -> None:
+    """Fills weights, experts and load. How many tokens are valid says `valid`, on the device, or `number`."""
+    num_tokens, stride = logits.shape[0], row_stride(logits)
+    if num_tokens == 0:
+        if load is not None:
+            load.zero_()
+        return
+    ins, outs = [logits.data_ptr()], [weights.data_ptr(), experts.data_ptr()]
+    if bias is not None:
+        ins.append(bias.data_ptr())
+    if load is not None:
+        outs.append(load.data_ptr())
+    is_aligned = aligned(*ins, *outs)
+    count_from = None
+    if valid is not None:
+        count_from = "tensor"
+        ins.append(valid.data_ptr())  # one number, read by itself: it may lie anywhere
+    elif number is not None:
+        count_from = "number"
+        ins.append(number)
+    dtype, device = logits.dtype, logits.get_device()
+    kernel = _route(
+        config,
+        dtype,
+        None if bias is None else bias.dtype,
+        count_from,
+        load is not None,
+        stride,
+        rows_for(num_tokens, stride, dtype.itemsize),
+        is_aligned,
+        device,
+    )
+    kernel(num_tokens, 1, *ins, *outs)
+    if load is not None:
+        _count(experts, load, device)
+
+
+@functools.cache
+def _count_load(num_ids: int, is_aligned: bool, device: int) -> Kernel:
+    arrays = {"experts": shape(INT32, 1, 1), "cleared": shape(INT32, num_ids)}
+    return build(count.count_load, device, is_aligned, **arrays)[0]
+
+
+def _count(experts: torch.Tensor, load: torch.Tensor, device: int) -> None:
+    """Counts the ids into `load`, which has been cleared."""
+    ids, counts = experts.data_ptr(), load.data_ptr()
+    grid, sizes = count.shape_for(experts.numel(), load.numel())
+    _count_load(load.numel(), aligned(ids, counts), device)(*grid, ids, counts, *sizes.values(), counts)
+
+
+@functools.cache
+def _route_backward(config: str, logits: torch.dtype, stride: int, rows: int, is_aligned: bool, device: int) -> Kernel:
+    rule = rule_for(config_of(config), False)  # a bias changes nothing in the gradient
+    return build(
+        route_grad.route_grad,
+        device,
+        is_aligned,
+        logits=shape(logits, rows, stride),
+        experts=shape(INT32, rows, rule.num_slots),
+        grad=shape(FLOAT32, rows, rule.num_slots),
+        rule=rule,
+    )[0]
+
+
+def route_backward(grad: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, config: str) -> torch.Tensor:
+    """The gradient of the logits."""
+    num_tokens, stride = logits.shape[0], row_stride(logits)
+    out = logits.new_empty(logits.shape)
+    if num_tokens:
+        addresses = logits.data_ptr(), experts.data_ptr(), grad.data_ptr(), out.data_ptr()
+        rows, device = rows_for(num_tokens, stride, logits.itemsize), logits.get_device()
+        _route_backward(config, logits.dtype, stride, rows, aligned(*addresses), device)(num_tokens, 1, *addresses)
+    return out
+
+
+@functools.cache
+def _router_logits(
+    x: torch.dtype,
+    weight: torch.dtype,
+    experts: int,
+    width: int,
+    stride: int,
+    rows: int,
+    config: logits_kernels.Config,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    arrays = {"x": shape(x, rows, stride), "weight": shape(weight, experts, width)}
+    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config)[0]
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in float32."""
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    out = x.new_empty((num_tokens, num_experts), dtype=FLOAT32)
+    if num_tokens:
+        config = logits_kernels.config_for(num_tokens, num_experts, width, _is_exact(x, weight), _platform())
+        addresses = x.data_ptr(), weight.data_ptr()
+        stride, device = row_stride(x), x.get_device()
+        is_aligned = aligned(*addresses, out.data_ptr())
+        rows = rows_for(num_tokens, stride, x.itemsize)
+        kernel = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
+        kernel(*logits_kernels.grid_for(num_tokens, num_experts, config), *addresses, num_tokens, out.data_ptr())
+    return out
+
+
+def _is_exact(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype != weight.dtype or x.dtype == FLOAT32
+
+
+def _platform() -> str:
+    return "rocm" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def _grad_x(
+    weight: torch.dtype, dtype: torch.dtype, experts: int, width: int, rows: int, is_aligned: bool, device: int
+) -> Kernel:
+    arrays = {"grad": shape(FLOAT32, rows, experts), "weight": shape(weight, experts, width)}
+    function = router_logits_grad.router_logits_grad_x
+    return build(function, device, is_aligned, **arrays, dtype=JAX_DTYPES[dtype])[0]
+
+
+@functools.cache
+def _grad_weight(
+    x: torch.dtype,
+    dtype: torch.dtype,
+    experts: int,
+    width: int,
+    stride: int,
+    rows: int,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
+    arrays = {"grad": shape(FLOAT32, rows, experts), "x": shape(x, rows, stride)}
+    function = router_logits_grad.router_logits_grad_weight
+    return build(function, device, is_aligned, **arrays, dtype=JAX_DTYPES[dtype], width=width)[0]
+
+
+def router_logits_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and weight."""
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    if num_tokens == 0:
+        return torch.empty_like(x), torch.zeros_like(weight)
+    dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
+    config, device = router_logits_grad.config_for(_platform()), x.get_device()
+    addresses = grad.data_ptr(), weight.data_ptr()
+    kernel = _grad_x(
+        weight.dtype,
+        x.dtype,
+        num_experts,
+        width,
+        rows_for(num_tokens, width, x.itemsize),
+        aligned(*addresses, dx.data_ptr()),
+        device,
+    )
+    kernel(*router_logits_grad.grid_for(num_tokens, width, config), *addresses, num_tokens, dx.data_ptr())
+    addresses, stride = (grad.data_ptr(), x.data_ptr()), row_stride(x)
+    kernel = _grad_weight(
+        x.dtype,
+        weight.dtype,
+        num_experts,
+        width,
+        stride,
+        rows_for(num_tokens, stride, x.itemsize),
+        aligned(*addresses, dweight.data_ptr()),
+        device,
+    )
+    kernel(*router_logits_grad.grid_for(num_experts, width, config), *addresses, num_tokens, dweight.data_ptr())
+    return dx, dweight

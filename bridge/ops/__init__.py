@@ -1,0 +1,1 @@
+"""The torch ops of jaxmoe, defined when imported."""

@@ -1,0 +1,240 @@
+"""The torch ops of the experts: the grouped matmul, the gated pair of them, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import torch
+
+import jaxmoe
+from bridge.call import call
+from bridge.checks import INT32, check, check_layout
+from bridge.native import experts as native
+from bridge.ops.library import define
+
+Tensor = torch.Tensor
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def _check_weight(name: str, weight: Tensor, device: torch.device) -> None:
+    if weight.device != device:
+        raise ValueError(f"{name}: expected the device of the first argument, {device}, got {weight.device}")
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        raise ValueError(
+            f"{name}: expected a contiguous tensor or the transpose of one, got strides {weight.stride()} for "
+            f"{list(weight.shape)}; pass {name}.contiguous()"
+        )
+
+
+def _check_matmul(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
+    check("rows", rows, ("M", "K"))
+    check("weight", weight, ("E", rows.shape[1], "N"), (rows.dtype,))
+    check("group_sizes", group_sizes, (weight.shape[0],), INT32)
+    _check_weight("weight", weight, rows.device)
+    check_layout(rows.device, rows=rows, group_sizes=group_sizes)
+
+
+def _matmul_fake(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    _check_matmul(rows, weight, group_sizes)
+    return rows.new_empty((rows.shape[0], weight.shape[2]))
+
+
+def _matmul_native(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    out = _matmul_fake(rows, weight, group_sizes)
+    native.grouped_matmul(rows, weight, group_sizes, out)
+    return out
+
+
+def _matmul_plain(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    _check_matmul(rows, weight, group_sizes)
+    transposed = native.is_transposed(weight)
+    arguments = {"rows": rows, "weight": weight.mT if transposed else weight, "group_sizes": group_sizes}
+    return call(jaxmoe.grouped_matmul, arguments, {"transposed": transposed})
+
+
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *grouped_matmul_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_matmul = define(
+    "grouped_matmul(Tensor rows, Tensor weight, Tensor group_sizes) -> Tensor",
+    native=_matmul_native,
+    plain=_matmul_plain,
+    fake=_matmul_fake,
+    backward=_matmul_backward,
+    setup_context=_matmul_setup,
+)
+
+
+def _matmul_backward_fake(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matmul(rows, weight, group_sizes)
+    check("grad", grad, (rows.shape[0], weight.shape[2]), (rows.dtype,))
+    check_layout(rows.device, grad=grad)
+    return rows.new_empty(rows.shape), torch.empty_like(weight)
+
+
+def _matmul_backward_native(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    drows, dweight = _matmul_backward_fake(grad, rows, weight, group_sizes)
+    native.grouped_matmul(grad, weight.mT, group_sizes, drows)
+    native.grouped_outer(rows, grad, group_sizes, dweight)
+    return drows, dweight
+
+
+def _pull(function: Any) -> Any:
+    """A jitted function of (grad, *arrays, group_sizes) for the gradients of `function` in all of `arrays`."""
+
+    def gradients(*, grad: Any, arrays: Any, group_sizes: Any, **options: Any) -> Any:
+        forward = lambda *arrays: function(*arrays, group_sizes, **options)
+        return jax.vjp(forward, *arrays)[1](grad)
+
+    return jax.jit(gradients, static_argnames=("transposed", "activation"))
+
+
+_jax_matmul_grad = _pull(jaxmoe.grouped_matmul)
+_jax_experts_grad = _pull(jaxmoe.experts)
+
+
+def _transpose_back(gradients: Any, transposed: bool) -> Any:
+    rows, *weights = gradients
+    return rows, *(weight.mT if transposed else weight for weight in weights)
+
+
+def _matmul_backward_plain(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    _matmul_backward_fake(grad, rows, weight, group_sizes)
+    transposed = native.is_transposed(weight)
+    arrays = (rows, weight.mT if transposed else weight)
+    arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
+    return _transpose_back(call(_jax_matmul_grad, arguments, {"transposed": transposed}), transposed)
+
+
+grouped_matmul_backward = define(
+    "grouped_matmul_backward(Tensor grad, Tensor rows, Tensor weight, Tensor group_sizes) -> (Tensor, Tensor)",
+    native=_matmul_backward_native,
+    plain=_matmul_backward_plain,
+    fake=_matmul_backward_fake,
+)
+
+
+def _check_experts(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str) -> None:
+    check("rows", rows, ("M", "H"))
+    check("gate_up", gate_up, ("E", rows.shape[1], "2 * I"), (rows.dtype,))
+    num_experts, width, twice = gate_up.shape
+    if twice % 2:
+        raise ValueError(f"gate_up: expected an even last axis, gate and up side by side, got {twice}")
+    check("down", down, (num_experts, twice // 2, width), (rows.dtype,))
+    check("group_sizes", group_sizes, (num_experts,), INT32)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        _check_weight(name, weight, rows.device)
+    check_layout(rows.device, rows=rows, group_sizes=group_sizes)
+
+
+def _experts_fake(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str) -> Tensor:
+    _check_experts(rows, gate_up, down, group_sizes, activation)
+    return rows.new_empty(rows.shape)
+
+
+def _experts_native(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str) -> Tensor:
+    out = _experts_fake(rows, gate_up, down, group_sizes, activation)
+    hidden = rows.new_empty((rows.shape[0], down.shape[1]))
+    native.gated_matmul(rows, gate_up, group_sizes, activation, hidden)
+    native.grouped_matmul(hidden, down, group_sizes, out)
+    return out
+
+
+def _as_arrays(rows: Tensor, gate_up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
+    """The weights as they lie in memory, and whether that is transposed."""
+    transposed = native.is_transposed(gate_up) or native.is_transposed(down)
+    return ((rows, gate_up.mT, down.mT) if transposed else (rows, gate_up, down)), transposed
+
+
+def _experts_plain(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str) -> Tensor:
+    _check_experts(rows, gate_up, down, group_sizes, activation)
+    (rows, gate_up, down), transposed = _as_arrays(rows, gate_up, down)
+    arguments = {"rows": rows, "gate_up": gate_up, "down": down, "group_sizes": group_sizes}
+    return call(jaxmoe.experts, arguments, {"activation": activation, "transposed": transposed})
+
+
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation), None, None
+
+
+experts = define(
+    "experts(Tensor rows, Tensor gate_up, Tensor down, Tensor group_sizes, str activation) -> Tensor",
+    native=_experts_native,
+    plain=_experts_plain,
+    fake=_experts_fake,
+    backward=_experts_backward,
+    setup_context=_experts_setup,
+)
+
+
+def _experts_backward_fake(
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_experts(rows, gate_up, down, group_sizes, activation)
+    check("grad", grad, tuple(rows.shape), (rows.dtype,))
+    check_layout(rows.device, grad=grad)
+    return rows.new_empty(rows.shape), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _activation_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _experts_backward_native(
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    drows, dgate_up, ddown = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation)
+    num_rows, inner = rows.shape[0], down.shape[1]
+    # gate and up are computed again: what is saved from the forward pass is its input alone.
+    hidden, both = rows.new_empty((num_rows, inner)), rows.new_empty((num_rows, 2 * inner))
+    native.gated_matmul(rows, gate_up, group_sizes, activation, hidden, both)
+    dhidden = torch.empty_like(hidden)
+    native.grouped_matmul(grad, down.mT, group_sizes, dhidden)
+    native.grouped_outer(hidden, grad, group_sizes, ddown)
+    gate, up = (half.float() for half in both.chunk(2, dim=1))
+    wide = dhidden.float()
+    both[:, :inner] = _activation_backward(wide * up, gate, activation)
+    both[:, inner:] = wide * _activate(gate, activation)
+    native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
+    native.grouped_outer(rows, both, group_sizes, dgate_up)
+    return drows, dgate_up, ddown
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _experts_backward_plain(
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation)
+    arrays, transposed = _as_arrays(rows, gate_up, down)
+    arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
+    options = {"activation": activation, "transposed": transposed}
+    return _transpose_back(call(_jax_experts_grad, arguments, options), transposed)
+
+
+experts_backward = define(
+    "experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor group_sizes, str activation)"
+    " -> (Tensor, Tensor, Tensor)",
+    native=_experts_backward_native,
+    plain=_experts_backward_plain,
+    fake=_experts_backward_fake,
+)

@@ -1,0 +1,56 @@
+"""The torch ops of the whole layer, made of the others, and of the bias update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bridge.native.routing import config_of
+from bridge.ops.dispatch import combine, dispatch, plan_dispatch
+from bridge.ops.experts import experts
+from bridge.ops.library import LIBRARY
+from bridge.ops.routing import route, router_logits
+
+Tensor = torch.Tensor
+
+
+def _moe(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    valid: Tensor | None,
+    number: int | None,
+    config: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = router_logits(x, router)
+    weights, chosen, load = route(logits, bias, valid, number, config, True)
+    rows, slots, sizes = plan_dispatch(chosen, config_of(config).num_expert_ids, 1, None)
+    y = combine(experts(dispatch(x, rows, slots), gate_up, down, sizes, "silu"), rows, slots, weights)
+    return y, weights, chosen, load
+
+
+def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    routed = load[: bias.shape[0]]
+    # In integers: a rounded mean would move the bias of a load that is perfectly even.
+    total = routed.sum(dtype=torch.int64)
+    mean, rest = total // bias.shape[0], total % bias.shape[0]
+    sign = torch.where(routed == mean, rest.sign(), (mean - routed).sign())
+    return (bias.float() + rate * sign.float()).to(bias.dtype)
+
+
+def _define(schema: str, function: Any) -> Any:
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.jaxmoe, name).default
+
+
+moe = _define(
+    "moe(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens, SymInt? number,"
+    " str config) -> (Tensor, Tensor, Tensor, Tensor)",
+    _moe,
+)
+update_bias = _define("update_bias(Tensor bias, Tensor load, float rate) -> Tensor", _update_bias)

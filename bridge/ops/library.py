@@ -1,0 +1,50 @@
+"""How a torch op of the namespace `jaxmoe` is made.
+
+On CUDA and ROCm tensors an op launches the Pallas kernels natively. On CPU tensors it runs jaxmoe through DLPack, which
+is what makes torch.compile and opcheck work on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("jaxmoe", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    native: Callable[..., Any],
+    plain: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Defines jaxmoe::name and returns the op.
+
+    Args:
+      schema: of the op, name first.
+      native: on CUDA and ROCm tensors.
+      plain: on CPU tensors.
+      fake: shapes and dtypes alone; checks the arguments like the others.
+      backward: as torch.library.register_autograd takes it; None where nothing has a gradient.
+      setup_context: likewise.
+    """
+    name = schema.partition("(")[0]
+
+    def without_gradient(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():  # autograd is above; the DLPack bridge would start a graph of its own
+            return plain(*args, **kwargs)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, native, "CUDA")
+    LIBRARY.impl(name, without_gradient, "CPU")
+    torch.library.register_fake(f"jaxmoe::{name}", fake, lib=LIBRARY)
+    if backward is None:  # nothing above the kernels; those that write in place refuse what asks for a gradient
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(f"jaxmoe::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.jaxmoe, name).default

@@ -1,0 +1,42 @@
+"""Which of the two paths a call takes: the torch ops, native on a GPU, or DLPack and JAX's runtime."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from bridge.native.build import target_of
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _runs_natively(device: int) -> bool:
+    try:
+        target_of(device)
+    except ValueError:  # a GPU that the kernels do not run on: jaxmoe has XLA for it
+        return False
+    return True
+
+
+def takes_ops(tensor: Any, implementation: str | None) -> bool:
+    """Whether a call on this tensor goes through the torch ops.
+
+    With implementation=None: on a GPU that the kernels run on, and wherever torch traces (torch.compile, fake tensors).
+    "native" asks for it; raises ValueError where the tensor is not on such a GPU. Every other name is a matter of JAX.
+    """
+    if implementation is None:
+        if not isinstance(tensor, torch.Tensor):
+            return False
+        if tensor.is_cuda:
+            return _runs_natively(tensor.get_device())
+        return torch.compiler.is_compiling() or type(tensor) not in _PLAIN
+    if implementation != "native":
+        return False
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:
+        got = f"one on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"implementation: 'native' needs tensors on a GPU, got {got}")
+    target_of(tensor.get_device())  # says what is wrong
+    return True

@@ -1,0 +1,115 @@
+"""Grouped matmul: each expert's rows times its weight; what `experts` and its gradients are made of."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import arguments, reference
+from jaxmoe.arguments import check_array
+from jaxmoe.implementation import check_implementation, compiled, run
+from kernels_pallas.grouped_matmul import grouped_matmul as matmul_kernel
+from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
+
+
+def product(
+    implementation: str | None, rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, transposed: bool
+) -> jax.Array:
+    """[M, N]: grouped_matmul without its derivative."""
+    num_rows, width = rows.shape[0], weight.shape[1 if transposed else 2]
+    if 0 in (*rows.shape, width):
+        return jnp.zeros((num_rows, width), rows.dtype)
+    kernels = functools.partial(matmul_kernel, transposed=transposed)
+    plain = functools.partial(reference.grouped_matmul, transposed=transposed)
+    return run(implementation, kernels, plain, rows, weight, group_sizes)
+
+
+def outer(
+    implementation: str | None, a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, transposed: bool
+) -> jax.Array:
+    """[E, A, B], or [E, B, A] where `transposed`: each expert's a.T @ b, the gradient of a weight."""
+    if transposed:
+        a, b = b, a
+    if 0 in (*a.shape, *b.shape):
+        return jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), a.dtype)
+    return run(implementation, outer_kernel, reference.grouped_outer, a, b, group_sizes)
+
+
+def no_gradient(group_sizes: jax.Array) -> Any:
+    """The gradient of integers."""
+    return np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_Static = tuple[str | None, bool]  # implementation, transposed
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(static: _Static, rows: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    implementation, transposed = static
+    return product(implementation, rows, weight, group_sizes, transposed=transposed)
+
+
+def _fwd(static: _Static, rows: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, Any]:
+    return _grouped_matmul(static, rows, weight, group_sizes), (rows, weight, group_sizes)
+
+
+def _bwd(static: _Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    (implementation, transposed), (rows, weight, group_sizes) = static, saved
+    drows = product(implementation, grad, weight, group_sizes, transposed=not transposed)
+    dweight = outer(implementation, rows, grad, group_sizes, transposed=transposed)
+    return drows, dweight, no_gradient(group_sizes)
+
+
+_grouped_matmul.defvjp(_fwd, _bwd)
+_grouped_matmul_jit = compiled(_grouped_matmul)
+
+
+def grouped_matmul(
+    rows: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transposed: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies each group of rows by the weight of its expert: expert e has the next group_sizes[e] rows.
+
+    One kernel, whatever the sizes: a group may be empty, hold all rows, begin and end anywhere. Sums are float32 and
+    rounded once; of float32 operands every bit counts (no TF32).
+
+    Args:
+      rows: [M, K] bfloat16, float16 or float32, in expert order, as `dispatch` returns them. M may be 0.
+      weight: [E, K, N] of rows' dtype; [E, N, K] with `transposed`.
+      group_sizes: int32 [E], how many rows each expert has: not negative, their sum at most M.
+      transposed: whether each weight lies as N lines of K, as Hugging Face transformers and torch.nn.Linear have it. It
+        is read as it lies, never copied.
+      implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
+
+    Returns:
+      [M, N] in rows' dtype; rows behind the last group are zero. Differentiable in rows and in weight.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: Gale et al., MegaBlocks, arXiv:2211.15841; `jax.lax.ragged_dot` means the same.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxmoe
+      >>> rows, weight = jnp.ones((4, 2)), jnp.array([[[1.0], [2.0]], [[10.0], [20.0]]])
+      >>> jaxmoe.grouped_matmul(rows, weight, jnp.array([1, 2], jnp.int32)).tolist()
+      [[3.0], [30.0], [30.0], [0.0]]
+    """
+    if type(transposed) is not bool:
+        raise ValueError(f"transposed: expected a bool, got {transposed!r}")
+    check_array("rows", rows, ("M", "K"))
+    depth = rows.shape[1]
+    check_array("weight", weight, ("E", "N", depth) if transposed else ("E", depth, "N"), (rows.dtype,))
+    arguments.check_at_least_one("weight", weight, 0)
+    check_array("group_sizes", group_sizes, (weight.shape[0],), (jnp.int32,))
+    check_implementation(implementation, rows, weight, group_sizes)
+    arguments.check_one_device(rows=rows, weight=weight, group_sizes=group_sizes)
+    return _grouped_matmul_jit((implementation, transposed), rows, weight, group_sizes)

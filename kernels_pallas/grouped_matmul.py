@@ -1,0 +1,265 @@
+"""Grouped matmul: each group of rows times the weight of its expert, plain or with a gated activation, in one launch.
+
+The groups lie one behind the other and may begin anywhere: nothing is padded to tiles. A program finds its expert and
+its rows by itself: it adds up how many tiles of rows each expert takes. There are as many programs as there can be
+tiles; those past the last tile end at once. Rows behind the last group are a group without an expert: their product has
+no terms, so they come out as zeros.
+
+A tile loads whole blocks, rows of the next group included: what comes of those is not stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # of one tile
+    columns: int  # of the result
+    depth: int  # of one step along K
+    together: int  # tiles of rows that go through the columns side by side: they share weights in the L2 cache
+    num_warps: int
+    num_stages: int
+
+
+def config_for(
+    num_rows: int, num_experts: int, depth: int, width: int, dtype: Any, target: str, *, gated: bool = False
+) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm"); `width` is that of the result."""
+    # Twice an expert's rows on average: most experts then take one tile, and their weights are read once.
+    rows = min(128, max(16, next_power_of_2(2 * pl.cdiv(num_rows, num_experts))))
+    if dtype == jnp.float32:  # without tensor cores
+        config = Config(min(rows, 64), 64, 16, 8, num_warps=4, num_stages=2)
+    elif (depth | width) % 8:  # lines that do not begin at 16 bytes are loaded element by element
+        config = Config(min(rows, 64), 64, 32, 8, num_warps=4, num_stages=2)
+    elif target == "rocm":
+        config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
+    elif rows == 128:  # gated tiles of 128 + 128 columns do not fit into the registers of sm_80
+        config = Config(rows, 128 if gated else 256, 64, 8, num_warps=8, num_stages=3)
+    else:
+        config = Config(rows, 128, 64, 8, num_warps=4, num_stages=4)
+    columns = config.columns // 2 if gated else config.columns
+    return dataclasses.replace(
+        config,
+        columns=min(columns, max(16, next_power_of_2(width))),
+        depth=min(config.depth, max(16, next_power_of_2(depth))),
+    )
+
+
+def grid_for(num_rows: int, num_experts: int, width: int, config: Config) -> tuple[int]:
+    """The programs of the launch: the most tiles of rows that there can be, times the tiles of columns."""
+    groups = min(num_experts + 1, num_rows)  # that are not empty; rows behind the last group are one
+    tiles = groups + (num_rows - groups) // config.rows  # n rows take at most 1 + (n - 1) / config.rows
+    return (pl.cdiv(tiles, config.together) * config.together * pl.cdiv(width, config.columns),)
+
+
+def within(*bounds: tuple[jax.Array, int, int]) -> jax.Array | None:
+    """The mask of the indices below their size, for (index, size, tile); None where every tile is whole."""
+    masks = [at < size for at, size, tile in bounds if size % tile]
+    return functools.reduce(operator.and_, masks) if masks else None
+
+
+def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """What lies at `ref`, zero where the mask is off."""
+    return load(ref) if mask is None else load(ref, mask=mask, other=0.0)
+
+
+def dot_add(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
+    """total + a @ b, in float32; of float32 operands every bit counts."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return total + jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    return jnp.exp2(1.4426950409 * x)  # GPUs have an instruction for 2**x
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + _exp(-x))
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """The share of the normal distribution that lies below x, to a relative error of 1e-7: Pallas has no erf here."""
+    u = jnp.abs(x)
+    t = 1.0 / (1.0 + 0.305 * u)
+    # What lies above u over exp(-u**2 / 2), as a polynomial in t that was fitted for the least maximal relative error.
+    tail = jnp.zeros_like(u)
+    for c in (
+        0.036698908,
+        -0.152987177,
+        0.185715013,
+        -0.037975147,
+        0.121020818,
+        0.103421119,
+        0.122466778,
+        0.121639735,
+    ):
+        tail = (tail + c) * t
+    tail = tail * _exp(-0.5 * u * u)
+    return jnp.where(x > 0, 1.0 - tail, tail)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: x * _normal_cdf(x),
+    "gelu_tanh": lambda x: x * _sigmoid(1.5957691216 * (x + 0.044715 * x * x * x)),  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+}
+
+
+def _kernel(
+    rows_ref: Any,
+    weight_ref: Any,
+    sizes_ref: Any,
+    out_ref: Any,
+    *kept_ref: Any,
+    config: Config,
+    num_experts: int,
+    depth: int,
+    width: int,
+    transposed: bool,
+    activation: str | None,
+    num_rows: Any,
+) -> None:
+    m, n, k = config.rows, config.columns, config.depth
+    turn = config.together * pl.cdiv(width, n)  # tiles of rows take turns at one tile of columns, then at the next
+    program = pl.program_id(0)
+    tile = program // turn * config.together + program % config.together
+    column = program % turn // config.together * n
+
+    expert = iota((next_power_of_2(num_experts),), 0)
+    sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
+    tiles = (sizes + (m - 1)) // m
+    count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
+    mine = count((jnp.cumsum(tiles, axis=0, dtype=jnp.int32) <= tile).astype(jnp.int32))
+    has_expert = mine < num_experts
+    first = count(jnp.where(expert < mine, sizes, 0))
+    row = first + (tile - count(jnp.where(expert < mine, tiles, 0))) * m
+    end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), num_rows)
+    end = jnp.minimum(end, num_rows)  # whatever the sizes say
+
+    @pl.when(row < end)
+    def _() -> None:
+        weight_of = jnp.minimum(mine, num_experts - 1)
+        a_row = jnp.minimum(row + iota((m, k), 0), num_rows - 1)
+        b_column = column + iota((k, n), 1)
+
+        def step(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            a_depth, b_depth = i * k + iota((m, k), 1), i * k + iota((k, n), 0)
+            a = load_masked(rows_ref.at[a_row, a_depth], within((a_depth, depth, k)))
+            mask = within((b_depth, depth, k), (b_column, width, n))
+
+            def add(part: int, total: jax.Array) -> jax.Array:
+                at = (part * width + b_column, b_depth) if transposed else (b_depth, part * width + b_column)
+                return dot_add(a, load_masked(weight_ref.at[weight_of, *at], mask), total)
+
+            return tuple(add(part, total) for part, total in enumerate(totals))
+
+        zeros = (jnp.zeros((m, n), jnp.float32),) * (1 if activation is None else 2)  # of the gate, and going up
+        steps = has_expert.astype(jnp.int32) * pl.cdiv(depth, k)
+        totals = jax.lax.fori_loop(0, steps, step, zeros)
+
+        out_row, out_column = row + iota((m, n), 0), column + iota((m, n), 1)
+        inside = within((out_column, width, n))
+        mask = out_row < end if inside is None else (out_row < end) & inside
+        for part, total in enumerate(totals if kept_ref else ()):
+            store(kept_ref[0].at[out_row, part * width + out_column], total.astype(out_ref.dtype), mask=mask)
+        result = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]
+        store(out_ref.at[out_row, out_column], result.astype(out_ref.dtype), mask=mask)
+
+
+def grouped_matmul(
+    rows: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transposed: bool = False,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> jax.Array:
+    """[M, N]: each group of rows [M, K] times its expert's weight, in float32, then in rows' dtype.
+
+    weight [E, K, N], or [E, N, K] where `transposed`; group_sizes int32 [E], none negative, of a sum up to M. Rows
+    behind the last group come out as zeros. Sides of at least one.
+    """
+    num_rows, depth = rows.shape
+    num_experts, width = weight.shape[0], weight.shape[1 if transposed else 2]
+    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target)
+    kernel = functools.partial(
+        _kernel,
+        config=config,
+        num_experts=num_experts,
+        depth=depth,
+        width=width,
+        transposed=transposed,
+        activation=None,
+    )
+    return launch(
+        kernel,
+        rows,
+        weight,
+        group_sizes,
+        name="grouped_matmul",
+        grid=grid_for(num_rows, num_experts, width, config),
+        sizes={"num_rows": num_rows},
+        out_shape=[jax.ShapeDtypeStruct((num_rows, width), rows.dtype)],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )[0]
+
+
+def gated_matmul(
+    rows: jax.Array,
+    gate_up: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    activation: str,
+    transposed: bool = False,
+    keep: bool = False,
+    config: Config | None = None,
+    target: str = "cuda",
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """([M, I],): activation(gate) * up with gate, up the halves of each group's rows @ gate_up, all in float32.
+
+    gate_up [E, H, 2 * I], or [E, 2 * I, H] where `transposed`; the rest as in `grouped_matmul`. With `keep` there is a
+    second result, gate and up themselves [M, 2 * I] in rows' dtype, as a gradient needs them.
+    """
+    num_rows, depth = rows.shape
+    num_experts, width = gate_up.shape[0], gate_up.shape[1 if transposed else 2] // 2
+    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, gated=True)
+    kernel = functools.partial(
+        _kernel,
+        config=config,
+        num_experts=num_experts,
+        depth=depth,
+        width=width,
+        transposed=transposed,
+        activation=activation,
+    )
+    return launch(
+        kernel,
+        rows,
+        gate_up,
+        group_sizes,
+        name="gated_matmul",
+        grid=grid_for(num_rows, num_experts, width, config),
+        sizes={"num_rows": num_rows},
+        out_shape=[jax.ShapeDtypeStruct((num_rows, w), rows.dtype) for w in (width, *([2 * width] if keep else []))],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )

@@ -1,0 +1,238 @@
+"""bridge.huggingface: whole models of every family, small and random, against themselves before they are patched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+from bridge.huggingface import patch  # noqa: E402
+
+VOCABULARY = 64
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+BASE |= {"vocab_size": VOCABULARY, "intermediate_size": 16, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+BASE |= NO_TOKENS
+ROUTED = {"n_routed_experts": 8}
+GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+GATED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+GATED_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8}
+V4 = {"num_key_value_heads": 1, "head_dim": 16, "o_groups": 2, "o_lora_rank": 16, "q_lora_rank": 16}
+V4 |= INDEXER | {"mlp_layer_types": ["hash_moe", "moe"]}
+SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+DENSE_FIRST = {"first_k_dense_replace": 1}
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+ROPE_3D = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
+
+
+def make_config(name: str, **fields: Any) -> Any:
+    return getattr(transformers, name)(**{**BASE, **fields})
+
+
+def multimodal(name: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    return getattr(transformers, name)(text_config={**BASE, **text}, vision_config=vision, **NO_TOKENS)
+
+
+# Every model type of RoutingConfig.from_hf: the model's class, and what makes its config.
+FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        lambda: make_config(
+            "DeepseekV2Config",
+            **GROUPS | MLA | DENSE_FIRST,
+            topk_method="group_limited_greedy",
+            n_shared_experts=2,
+            routed_scaling_factor=2.5,
+        ),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        lambda: make_config("DeepseekV3Config", **GROUPS | MLA | DENSE_FIRST),
+    ),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        lambda: make_config("DeepseekV32Config", **GROUPS | MLA | INDEXER | SPARSE),
+    ),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", lambda: make_config("DeepseekV4Config", **ROUTED | V4, swiglu_limit=0.5)),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        lambda: multimodal(
+            "Kimi_K25Config",
+            {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1} | ROUTED | MLA | DENSE_FIRST,
+            {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        ),
+    ),
+    "kimi_linear": (
+        "KimiLinearForCausalLM",
+        lambda: make_config(
+            "KimiLinearConfig",
+            **MLA | HYBRID | SPARSE,
+            num_local_experts=8,
+            n_shared_experts=2,
+            linear_head_dim=8,
+            linear_num_heads=2,
+        ),
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", lambda: make_config("Glm4MoeConfig", **ROUTED | DENSE_FIRST)),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", lambda: make_config("Glm4MoeLiteConfig", **ROUTED | MLA | SPARSE)),
+    "glm4v_moe": (
+        "Glm4vMoeForConditionalGeneration",
+        lambda: multimodal("Glm4vMoeConfig", ROUTED | DENSE_FIRST | ROPE_3D, VISION),
+    ),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", lambda: make_config("GlmMoeDsaConfig", **ROUTED | MLA | INDEXER | SPARSE)),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", lambda: make_config("MiniMaxM2Config", num_local_experts=8)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", lambda: make_config("Qwen3MoeConfig", num_experts=7)),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        lambda: multimodal("Qwen3VLMoeConfig", {"num_experts": 8}, VISION | {"deepstack_visual_indexes": [0]}),
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        lambda: make_config(
+            "Qwen3NextConfig", **HYBRID | GATED_DELTA, num_experts=8, shared_expert_intermediate_size=16
+        ),
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        lambda: make_config(
+            "Qwen3_5MoeTextConfig", **HYBRID | GATED_DELTA, num_experts=8, shared_expert_intermediate_size=16
+        ),
+    ),
+    "gpt_oss": ("GptOssForCausalLM", lambda: make_config("GptOssConfig", num_local_experts=8, swiglu_limit=0.5)),
+    # K = E, and odd.
+    "mixtral": (
+        "MixtralForCausalLM",
+        lambda: make_config("MixtralConfig", num_local_experts=5, num_experts_per_tok=5),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        lambda: make_config("Ernie4_5_MoeConfig", moe_num_experts=8, moe_num_shared_experts=2, moe_layer_start_index=0),
+    ),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        lambda: make_config("NemotronHConfig", **ROUTED | MAMBA, moe_shared_expert_intermediate_size=32),
+    ),
+    "nemotron_h_latent": (
+        "NemotronHForCausalLM",
+        lambda: make_config("NemotronHConfig", **ROUTED | MAMBA, moe_latent_size=24),
+    ),
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A small random model in which routing and every expert matters."""
+    kind, config = FAMILIES[family]
+    torch.manual_seed(seed)
+    found = [getattr(module, kind, None) for module in (transformers, transformers.models)]
+    model = next(cls for cls in found if cls is not None)(config()).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("correction_bias"):
+                tensor.normal_(std=0.05)
+            elif name.endswith("tid2eid"):
+                tensor.copy_(torch.rand(len(tensor), 8).argsort(dim=1)[:, : tensor.shape[1]])
+            elif tensor.is_floating_point() and tensor.ndim > 1 and "inv_freq" not in name:
+                tensor.normal_(std=0.2)
+    return model.to(dtype)
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    return model(input_ids=prompt() if tokens is None else tokens).logits
+
+
+def tokens_of(model: Any) -> torch.Tensor:
+    tokens = prompt()
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """What a model is: its values by name, its objects, its forwards and its config."""
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "objects": {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]},
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "config": copy.deepcopy(model.config.to_dict()),
+        "experts": model.get_experts_implementation(),
+    }
+
+
+def assert_same_model(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    values, expected = after.pop("values"), before["values"]
+    assert values.keys() == expected.keys()
+    assert all(torch.equal(values[name], expected[name]) for name in expected)
+    assert after == {key: value for key, value in before.items() if key != "values"}
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(getattr(module, "experts", None), "is_concatenated")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products as small as these only wait for further threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_and_tokens(family: str) -> None:
+    """The promise: the same model, and after `restore` the very same one."""
+    model = make(family)
+    before, expected, tokens = snapshot(model), logits_of(model), tokens_of(model)
+    with patch(model):
+        logits = logits_of(model)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(tokens_of(model), tokens)
+        assert model.state_dict().keys() == before["values"].keys()
+        for layer in layers_of(model):  # the tolerance sees one wrong expert
+            layer.experts.down_proj.data = layer.experts.down_proj.data.roll(1, 0)
+        assert (logits_of(model) - expected).abs().max() > 0.02
+        model.load_state_dict(before["values"])
+    assert_same_model(model, before)
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(family: str) -> None:
+    """No further from the exact logits than transformers, whose routers round; one wrong expert is far."""
+    model, tokens = make(family, torch.bfloat16), torch.arange(1, 61).view(4, 15)
+    exact = logits_of(make(family, torch.bfloat16).float(), tokens)
+    error = lambda: (logits_of(model, tokens).float() - exact).abs().median()
+    expected = error()
+    with patch(model):
+        assert error() < 1.15 * expected
+        for layer in layers_of(model):
+            layer.experts.down_proj.data = layer.experts.down_proj.data.roll(1, 0)
+        assert error() > 1.5 * expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_router_logits(family: str) -> None:
+    """What transformers' hooks record at the routers, for the balancing loss, is what they recorded before."""
+    model, tokens = make(family), prompt()
+    record = lambda: model.base_model(input_ids=tokens, output_router_logits=True)
+    with torch.no_grad():
+        expected = getattr(record(), "router_logits", None)
+        with patch(model):
+            found = getattr(record(), "router_logits", None)
+    assert (found is None) == (expected is None) == (family == "kimi_k25")
+    if expected is not None:
+        assert len(found) == len(expected) > 0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,208 @@
+"""bridge.huggingface.patch with fuse_shared_experts: shared experts as slots, and checkpoints that still fit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+
+transformers = pytest.importorskip("transformers")
+from bridge.huggingface import patch  # noqa: E402
+from tests.bridge.test_bridge_huggingface import (  # noqa: E402
+    assert_same_model,
+    layers_of,
+    logits_of,
+    make,
+    make_config,
+    one_thread,
+    snapshot,
+    tokens_of,
+)
+
+__all__ = ["one_thread"]  # a fixture
+
+# How many experts the shared ones of a family's test model are.
+SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v4": 1, "kimi_k25": 1, "kimi_linear": 2}
+SHARED |= {"glm4_moe": 1, "glm4_moe_lite": 1, "glm4v_moe": 1, "glm_moe_dsa": 1, "ernie4_5_moe": 2, "nemotron_h": 2}
+FEW = ["deepseek_v3", "ernie4_5_moe", "nemotron_h"]  # one shared expert, two, two without a gate
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert torch.equal(found[name], value)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_same_logits_and_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared experts in the same top-k give the same model, and the same objects afterwards."""
+    model = make(family)
+    before, expected, tokens = snapshot(model), logits_of(model), tokens_of(model)
+    configs: list[bridge.RoutingConfig] = []
+    route = bridge.route
+    monkeypatch.setattr(
+        bridge, "route", lambda *given, config, **more: configs.append(config) or route(*given, config=config, **more)
+    )
+    with patch(model, fuse_shared_experts=True):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(tokens_of(model), tokens)
+        assert {config.n_shared_experts for config in configs} == {SHARED[family]}
+        assert_equal(model.state_dict(), before["values"])
+        for layer in layers_of(model):  # the last expert is a shared one
+            layer.experts.down_proj.data[-1] = 0
+        assert (logits_of(model) - expected).abs().max() > 0.02
+        model.load_state_dict(before["values"])
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in make(family).parameters())
+    assert_same_model(model, before)
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_state_dicts_load_both_ways(family: str) -> None:
+    """Checkpoints of a fused model and of a plain one are the same thing."""
+    model = make(family)
+    other = values(make(family, seed=7))
+    with patch(model, fuse_shared_experts=True):
+        fused = [layer.experts.down_proj for layer in layers_of(model)]
+        model.load_state_dict(other)
+        assert all(layer.experts.down_proj is object for layer, object in zip(layers_of(model), fused, strict=True))
+        assert_equal(model.state_dict(), other)
+        saved, logits = values(model), logits_of(model)
+    assert_equal(values(model), other)  # what was loaded stays
+    plain = make(family)
+    plain.load_state_dict(saved)
+    torch.testing.assert_close(logits_of(plain), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_assigned_state_dict() -> None:
+    """load_state_dict(assign=True) replaces the parameters, of the stacks as of any other."""
+    model = make("deepseek_v3")
+    other = {name: value.double() for name, value in values(make("deepseek_v3", seed=7)).items()}
+    with patch(model, fuse_shared_experts=True):
+        model.load_state_dict(other, assign=True)
+        assert_equal(model.state_dict(), other)
+    assert_equal(values(model), other)
+
+
+def test_partial_state_dicts() -> None:
+    """Keys that are missing, unknown or of a wrong shape are reported as torch does; what is there is loaded."""
+    model = make("deepseek_v3")
+    old, other = values(model), values(make("deepseek_v3", seed=7))
+    prefix = "model.layers.1.mlp."
+    routed, shared = f"{prefix}experts.gate_up_proj", f"{prefix}shared_experts.up_proj.weight"
+    with patch(model, fuse_shared_experts=True):
+        found = model.load_state_dict({shared: other[shared]}, strict=False)
+        assert set(found.missing_keys) == old.keys() - {shared}
+        assert_equal(model.state_dict(), old | {shared: other[shared]})
+        found = model.load_state_dict({routed: other[routed], f"{prefix}nothing": torch.ones(1)}, strict=False)
+        assert set(found.missing_keys) == old.keys() - {routed}
+        assert found.unexpected_keys == [f"{prefix}nothing"]
+        assert_equal(model.state_dict(), old | {name: other[name] for name in (shared, routed)})
+        with pytest.raises(RuntimeError, match=r"Missing key.*shared_experts\.up_proj\.weight"):
+            model.load_state_dict({name: value for name, value in other.items() if name != shared})
+        with pytest.raises(RuntimeError, match=rf"size mismatch for {shared}"):
+            model.load_state_dict(other | {shared: other[shared][:1]})
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_save_pretrained(family: str, tmp_path: Any) -> None:
+    """A checkpoint that transformers writes of a fused model is one of the plain model."""
+    model = make(family)
+    expected = logits_of(model)
+    with patch(model, fuse_shared_experts=True):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_gradients(family: str) -> None:
+    """Each expert, shared ones too, gets the gradient of the plain model, and a step of an optimizer trains it."""
+    model, plain = make(family), make(family)
+    tokens = torch.arange(1, 31).view(2, 15)
+
+    def step(model: Any) -> dict[str, torch.Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        return values(model)
+
+    expected = step(plain)
+    with patch(model, fuse_shared_experts=True):
+        found = step(model)
+    old = values(make(family))
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert "shared_experts" not in name or (value - old[name]).abs().max() > 1e-3
+    assert_equal(values(model), found)
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_model_moves_while_fused() -> None:
+    """What happens to the model happens to its shared experts: dtype, freezing, copies."""
+    model = make("ernie4_5_moe")
+    expected = {name: value.to(torch.bfloat16) for name, value in values(model).items()}
+    handle = patch(model, fuse_shared_experts=True)
+    twin = copy.deepcopy(model)
+    model.to(torch.bfloat16).requires_grad_(False)
+    assert_equal(model.state_dict(), expected)
+    handle.restore()
+    assert_equal(model.state_dict(), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits_of(twin), logits_of(copy.deepcopy(twin)))
+    assert_equal(twin.state_dict(), values(make("ernie4_5_moe")))
+
+
+def test_memory_of_the_shared_mlp_is_given_up() -> None:
+    """Folded weights are stored once."""
+    model = make("deepseek_v3")
+    weight = layers_of(model)[0].shared_experts.down_proj.weight
+    with patch(model, fuse_shared_experts=True):
+        assert weight.untyped_storage().nbytes() == 0
+        assert layers_of(model)[0].shared_experts.down_proj.weight is None
+    assert layers_of(model)[0].shared_experts.down_proj.weight is weight
+
+
+def ernie(**fields: Any) -> Any:
+    fields = {"moe_num_experts": 8, "moe_layer_start_index": 0} | fields
+    return transformers.Ernie4_5_MoeForCausalLM(make_config("Ernie4_5_MoeConfig", **fields))
+
+
+def frozen() -> Any:
+    model = make("glm4_moe")
+    layers_of(model)[0].experts.requires_grad_(False)
+    return model
+
+
+REFUSED = {
+    "multiplied by a gate of its own in 'model.layers.0.mlp'": lambda: make("qwen3_next"),
+    "shared experts, got none in": lambda: make("mixtral"),
+    "routed ones behind a projection": lambda: make("nemotron_h_latent"),
+    "without biases": lambda: ernie(use_bias=True),
+    "multiple of the routed ones' width, 16, got a width of 24": lambda: transformers.NemotronHForCausalLM(
+        make_config(
+            "NemotronHConfig", layers_block_type=["moe"], num_hidden_layers=1, moe_shared_expert_intermediate_size=24
+        )
+    ),
+    "requires_grad=False, got .* requires_grad=True": frozen,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message: str) -> None:
+    """What is no slot of weight 1, or no expert like the others, is refused, and nothing has been changed."""
+    model = REFUSED[message]()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"fuse_shared_experts: expected .*{message}"):
+        patch(model, fuse_shared_experts=True)
+    assert_same_model(model, before)

@@ -1,0 +1,320 @@
+"""bridge.huggingface where models are used: training, checkpoints, the experts interface, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bridge
+
+transformers = pytest.importorskip("transformers")
+from bridge.huggingface import patch  # noqa: E402
+from tests.bridge.test_bridge_huggingface import (  # noqa: E402
+    assert_same_model,
+    layers_of,
+    logits_of,
+    make,
+    make_config,
+    one_thread,
+    snapshot,
+)
+
+__all__ = ["one_thread"]  # a fixture
+
+# One for each way a router or its experts differ: groups, a bias from the block, biases and clamps, no gate, a shared
+# expert with a gate, choice by token id.
+KINDS = ["deepseek_v3", "minimax_m2", "gpt_oss", "nemotron_h", "qwen3_next", "deepseek_v4"]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor | None]:
+    model.train()
+    model.zero_grad()
+    tokens = torch.arange(1, 31).view(2, 15)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_gradients(family: str) -> None:
+    """Training sees the same gradients, those of routers and experts too, also with gradient checkpointing."""
+    model = make(family)
+    expected = gradients(model)
+    routers = [name for name in expected if name.endswith(("gate.weight", "router.weight"))]
+    assert routers
+    assert all(expected[name].abs().max() > 1e-3 for name in routers)
+    with patch(model):
+        found = gradients(model)
+        model.activation_checkpointing_enable()
+        again = gradients(model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+class Ops(TorchDispatchMode):
+    """The names of torch's ops that run outside of the bridge's own functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.inside = False
+        for name in ("router_logits", "route", "plan_dispatch", "dispatch", "experts", "combine"):
+            monkeypatch.setattr(bridge, name, functools.partial(self.enter, getattr(bridge, name)))
+
+    def enter(self, function: Any, *given: Any, **more: Any) -> Any:
+        self.inside = True
+        result = function(*given, **more)
+        self.inside = False
+        return result
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside:
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "minimax_m2", "glm4_moe"])
+def test_nothing_is_cast_or_copied(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bfloat16 activations, and a float32 router, all that torch itself does in a layer is make views."""
+    model = make(family, torch.bfloat16)
+    (*_, layer) = layers_of(model)
+    layer.gate.weight.data = layer.gate.weight.data.float()
+    x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
+    with torch.no_grad(), patch(model, fuse_shared_experts=family != "minimax_m2"), Ops(monkeypatch) as ops:
+        layer(x)
+    assert set(ops.names) <= {"view", "_unsafe_view", "transpose", "detach", "alias"}
+
+
+def test_parameters_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels get the model's own weight and bias, in the dtypes they are stored in."""
+    model = make("deepseek_v3", torch.bfloat16)
+    gate = layers_of(model)[0].gate
+    seen: list[torch.Tensor] = []
+    router_logits, route = bridge.router_logits, bridge.route
+    monkeypatch.setattr(bridge, "router_logits", lambda x, weight: seen.append(weight) or router_logits(x, weight))
+    monkeypatch.setattr(bridge, "route", lambda x, bias, **more: seen.append(bias) or route(x, bias, **more))
+    with patch(model):
+        logits_of(model)
+    assert seen[0] is gate.weight
+    assert seen[1].data_ptr() == gate.e_score_correction_bias.data_ptr()
+    assert {tensor.dtype for tensor in seen} == {torch.bfloat16}
+
+
+def test_weights_are_made_dense_once() -> None:
+    """Weights that no kernel reads in place are brought to that form, as the same objects, to be written to."""
+    model = make("deepseek_v3")
+    expected = logits_of(model)
+    (layer,) = layers_of(model)
+    old, gate = layer.gate.weight, layer.gate
+    gate.weight.data = gate.weight.data.T.contiguous().T
+    apart = torch.zeros(8 + 1)
+    apart[1:] = gate.e_score_correction_bias
+    gate.e_score_correction_bias = apart[1:]  # 4 bytes off
+    bias, before = gate.e_score_correction_bias, snapshot(model)
+    with patch(model):
+        assert gate.weight is old
+        assert gate.e_score_correction_bias is bias
+        assert old.is_contiguous()
+        where = old.data_ptr()
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            old.copy_(old.flip(0))
+            bias.copy_(bias.flip(0))
+        other = logits_of(model)
+        assert (other - expected).abs().max() > 0.02
+        assert gate.weight.data_ptr() == where
+    torch.testing.assert_close(logits_of(model), other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        old.copy_(old.flip(0))
+        bias.copy_(bias.flip(0))
+    assert_same_model(model, before)
+
+
+def test_no_tokens_and_one() -> None:
+    """Empty and single batches, as serving has them."""
+    model = make("gpt_oss")
+    layer = layers_of(model)[0]
+    expected, _ = layer(torch.ones(1, 1, 32))
+    with patch(model):
+        torch.testing.assert_close(layer(torch.ones(1, 1, 32))[0], expected)
+        assert layer(torch.ones(1, 0, 32))[0].shape == (1, 0, 32)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_compiles_whole(family: str) -> None:
+    """torch.compile takes a patched model in one graph, whatever the number of tokens."""
+    model = make(family)
+    graphs: list[Any] = []
+    torch.compiler.reset()
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    with torch.no_grad(), patch(model, fuse_shared_experts=family == "deepseek_v3"):
+        for length in (7, 9):
+            tokens = torch.arange(2 * length).view(2, length)
+            expected = model(input_ids=tokens, use_cache=False).logits
+            found = compiled(input_ids=tokens, use_cache=False).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_handle() -> None:
+    """A patch can be restored once, twice, and by leaving its block, also by an error; then it can be made again."""
+    model = make("mixtral")
+    before = snapshot(model)
+    handle = patch(model)
+    with pytest.raises(ValueError, match=r"expected modules with the forward of their class.*restore it first"):
+        patch(model)
+    handle.restore()
+    handle.restore()
+    assert_same_model(model, before)
+    with pytest.raises(KeyError), patch(model):
+        raise KeyError
+    assert_same_model(model, before)
+
+
+def test_copies_of_a_patched_model() -> None:
+    """A deep copy and a pickle of a patched model are patched models of their own."""
+    model = make("minimax_m2")
+    with patch(model):
+        expected = logits_of(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        twins = [copy.deepcopy(model), torch.load(io.BytesIO(file.getvalue()), weights_only=False)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for twin in twins:
+        assert torch.equal(logits_of(twin), expected)
+
+
+def test_part_of_a_model() -> None:
+    """One layer can be patched; the others stay as they are."""
+    model = make("qwen3_moe")
+    expected = logits_of(model)
+    with patch(model.model.layers[1]):
+        assert ["forward" in vars(layer.gate) for layer in layers_of(model)] == [False, True]
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+class Router(transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter):
+    """A router that somebody changed."""
+
+
+def with_own_router() -> Any:
+    model = make("mixtral")
+    layers_of(model)[0].gate.__class__ = Router
+    return model
+
+
+def olmoe() -> Any:
+    return transformers.OlmoeForCausalLM(make_config("OlmoeConfig", num_experts=4))
+
+
+def dense() -> Any:
+    return transformers.LlamaForCausalLM(make_config("LlamaConfig"))
+
+
+def without_experts() -> Any:
+    return transformers.Qwen3MoeForCausalLM(make_config("Qwen3MoeConfig", num_experts=4, mlp_only_layers=[0, 1]))
+
+
+REFUSED = {
+    "model_type of .*'deepseek_v3'.*, got OlmoeConfig with 'olmoe'": olmoe,
+    "model_type of .*'deepseek_v3'.*, got LlamaConfig with 'llama'": dense,
+    "with MoE layers, got Qwen3MoeForCausalLM without any": without_experts,
+    "with MoE layers, got Linear without any": lambda: nn.Linear(2, 2),
+    "modules of transformers.models, got .*Router in 'model.layers.0.mlp'": with_own_router,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message: str) -> None:
+    """A model that would be computed wrongly, or not at all, is refused whole."""
+    model = REFUSED[message]()
+    with pytest.raises(ValueError, match=f"^model: .*expected .*{message}"):
+        patch(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# The experts interface alone: experts of transformers, by module, class, config class and its fields.
+EXPERTS = {
+    "concatenated": ("mixtral", "MixtralExperts", "MixtralConfig", {"num_local_experts": 5}),
+    "transposed": ("aria", "AriaExperts", "AriaTextConfig", {"moe_num_experts": 5}),
+    "normed": (
+        "muse_spark",
+        "MuseSparkExperts",
+        "MuseSparkTextConfig",
+        {"num_local_experts": 5, "moe_hidden_size": 32},
+    ),
+    "biased": (
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilterExperts",
+        "OpenAIPrivacyFilterConfig",
+        {"num_local_experts": 5},
+    ),
+    "interleaved": ("gpt_oss", "GptOssExperts", "GptOssConfig", {"num_local_experts": 5}),
+    "ungated": ("nemotron_h", "NemotronHExperts", "NemotronHConfig", {"n_routed_experts": 5}),
+    "gelu": ("mixtral", "MixtralExperts", "MixtralConfig", {"num_local_experts": 5, "hidden_act": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("tokens", [0, 1, 9], ids=lambda n: f"T{n}")
+def test_experts_interface(kind: str, tokens: int) -> None:
+    """Experts of every make give what they give by themselves, and add nothing for the id that means "elsewhere"."""
+    module, name, config, fields = EXPERTS[kind]
+    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    experts = getattr(module, name)(make_config(config, **fields))
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, weights = torch.randn(tokens, 32), torch.rand(tokens, 3)
+    ids = torch.rand(tokens, 5).argsort(dim=1)[:, :3]
+    masked, elsewhere = weights.clone(), ids.clone()
+    masked[:, 1], elsewhere[:, 1] = 0, 5
+    with torch.no_grad():
+        experts.config._experts_implementation = "eager"
+        expected, without = experts(x, ids, weights), experts(x, ids, masked)
+        experts.config._experts_implementation = "jaxmoe"
+        torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(experts(x, elsewhere, weights), without, rtol=1e-4, atol=1e-4)
+        assert tokens == 0 or (expected - experts(x, (ids + 1) % 5, weights)).abs().max() > 0.05
+
+
+def test_experts_interface_of_a_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing bridge.huggingface is all it takes, by each of transformers' ways to choose."""
+    model = make("qwen3_moe")
+    expected = logits_of(model)
+    calls: list[int] = []
+    combine = bridge.combine
+    monkeypatch.setattr(bridge, "combine", lambda *given: calls.append(1) or combine(*given))
+    model.set_experts_implementation("jaxmoe")
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="jaxmoe")
+    assert loaded.config._experts_implementation == "jaxmoe"
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4
+
+
+def test_autocast() -> None:
+    """Under autocast activations and weights may differ in dtype."""
+    model = make("deepseek_v3")
+    expected = logits_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = logits_of(model)
+        with patch(model):
+            found = logits_of(model)
+            experts = layers_of(model)[0].experts
+            x, ids = torch.randn(3, 32, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int32)
+            assert experts(x, ids, torch.ones(3, 1)).dtype == torch.bfloat16
+    assert (found - expected).abs().mean() < 1.5 * (rounded - expected).abs().mean()

@@ -1,0 +1,258 @@
+"""The native path without a GPU: what is compiled, kept on disk and would be launched, with what arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from bridge.native import build, cache, dispatch, experts, routing
+from kernels_pallas.targets import TARGETS, Binary
+
+pytest.importorskip("triton")
+V3 = bridge.presets["deepseek-v3"]
+BINARIES = [
+    Binary("one", b"code of one\n\x00\xff", 32, 0, "PPiP", ("num_rows",)),
+    Binary("two", b"more", 128, 4096, "PP", ()),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JAXMOE_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def entry(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_kept_and_found(folder: Path) -> None:
+    assert cache.load("key") is None
+    cache.store("key", BINARIES)
+    assert cache.load("key") == BINARIES
+    assert cache.load("another key") is None
+    assert entry(folder).stat().st_mode & 0o077 == 0, "nobody else's business"
+    cache.store("key", BINARIES[:1])
+    assert cache.load("key") == BINARIES[:1], "replaced"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "a bit of the code": lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+        "a bit of the header": lambda b: b.replace(b'"threads": 32', b'"threads": 64'),
+        "cut off": lambda b: b[:-3],
+        "longer": lambda b: b + b"x",
+        "empty": lambda b: b"",
+        "no header": lambda b: b"\x7fELF" + b,
+        "a list for a header": lambda b: b"[]\n" + b,
+        "another key": lambda b: b.replace(b'"key": "key"', b'"key": "kez"'),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_damaged_entry_is_not_used(damage: Any, folder: Path) -> None:
+    cache.store("key", BINARIES)
+    path = entry(folder)
+    before = path.read_bytes()
+    path.write_bytes(damage[1](before))
+    assert path.read_bytes() != before
+    assert cache.load("key") is None
+    cache.store("key", BINARIES)
+    assert cache.load("key") == BINARIES
+
+
+def test_an_entry_of_somebody_else_is_not_used(folder: Path) -> None:
+    """Machine code that others could have written is not run."""
+    cache.store("key", BINARIES)
+    path = entry(folder)
+    path.chmod(0o666)
+    assert cache.load("key") is None
+    path.chmod(0o600)
+    assert cache.load("key") == BINARIES
+    if os.getuid() == 0:
+        os.chown(path, 12345, -1)
+        assert cache.load("key") is None
+
+
+def test_an_entry_of_another_key_under_this_name_is_not_used(folder: Path) -> None:
+    cache.store("key", BINARIES)
+    path = entry(folder)
+    cache.store("other", BINARIES[:1])
+    path.rename(path.with_name("moved"))
+    (other,) = [p for p in folder.iterdir() if p.name != "moved"]
+    other.rename(path)
+    assert cache.load("key") is None
+
+
+def test_where_nothing_can_be_kept_it_says_so(folder: Path) -> None:
+    folder.write_text("a file where the folder should be")
+    with pytest.warns(RuntimeWarning, match="compiled kernels cannot be kept in .*kernels"):
+        cache.store("key", BINARIES)
+    assert cache.load("key") is None
+
+
+def test_several_processes_at_once(folder: Path) -> None:
+    """Each writes and reads the same entry many times: whatever is read is whole."""
+    program = (
+        "from bridge.native import cache\nfrom kernels_pallas.targets import Binary\n"
+        "import sys\nb = [Binary('k', bytes([int(sys.argv[1])]) * 200_000, 32, 0, 'P', ())]\nseen = 0\n"
+        "for _ in range(60):\n    cache.store('key', b)\n    got = cache.load('key')\n"
+        "    assert got and len(set(got[0].code)) == 1 and len(got[0].code) == 200_000\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(i)]) for i in range(3)]
+    assert [process.wait() for process in processes] == [0] * 3
+    assert len(list(folder.iterdir())) == 1, "no file is left behind"
+
+
+class Recorder:
+    """Stands in for a kernel on a GPU: notes what would be launched, and checks it against the machine code."""
+
+    launches: list[tuple[str, tuple[int, int]]]
+
+    def __init__(self, binary: Binary, device: int) -> None:
+        self.binary = binary
+
+    def __call__(self, x: int, y: int, *arguments: int) -> None:
+        declared = self.binary.arguments[: len(arguments)]
+        assert set(self.binary.arguments[len(arguments) :]) <= {"P"}, "what is missing is triton's scratch memory"
+        assert len(self.binary.arguments) - len(arguments) <= 2
+        sizes = [value for kind, value in zip(declared, arguments, strict=True) if kind == "i"]
+        assert len(sizes) == len(self.binary.sizes)
+        assert all(0 <= size < 2**31 for size in sizes)
+        assert all(value > 2**20 for kind, value in zip(declared, arguments, strict=True) if kind == "P")
+        assert x > 0
+        assert 0 < y < 2**16, "the limit of the grid's second axis"
+        self.launches.append((self.binary.name, (x, y)))
+
+
+@pytest.fixture(params=["sm_90", "gfx942"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """CPU tensors in the place of GPU tensors; every kernel is really compiled for the target."""
+    target = TARGETS[request.param]
+    monkeypatch.setattr(build, "target_of", lambda device: target)
+    monkeypatch.setattr(build, "Kernel", Recorder)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if target.platform == "rocm" else None)
+    monkeypatch.setattr(build, "builds", [])
+    monkeypatch.setattr(Recorder, "launches", [], raising=False)
+    clear()
+    yield Recorder.launches
+    clear()
+
+
+def clear() -> None:
+    for module in (routing, dispatch, experts):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+def step(tokens: int, *, shifted: bool = False) -> None:
+    """A decode step, as the ops launch it."""
+    offset = int(shifted)
+    make = lambda dtype, *shape: torch.zeros(int(torch.Size(shape).numel()) + offset, dtype=dtype)[offset:].view(shape)
+    logits, bias = make(torch.bfloat16, tokens, 256), make(torch.float32, 256)
+    weights, ids = make(torch.float32, tokens, 9), make(torch.int32, tokens, 9)
+    routing.route(logits, bias, None, None, V3.json, weights, ids, None)
+    rows, slots, sizes = make(torch.int32, tokens, 9), make(torch.int32, tokens * 9), make(torch.int32, 257)
+    dispatch.plan_dispatch(ids, 257, 1, None, rows, slots, sizes)
+    x, out = make(torch.bfloat16, tokens, 64), make(torch.bfloat16, tokens * 9, 64)
+    dispatch.dispatch(x, rows, slots, None, out)
+    dispatch.combine(out, rows, weights, x)
+
+
+def test_one_compilation_serves_every_number_of_tokens(launches: list[Any]) -> None:
+    for tokens in (0, 1, 2, 7, 15, 64, 200, 513, 4096):
+        step(tokens)
+    names = [made.name.rpartition(".")[2] for made in build.builds]
+    assert sorted(set(names)) == ["combine", "dispatch", "plan_dispatch", "route"]
+    assert {name: names.count(name) for name in ("route", "dispatch", "combine")} == dict.fromkeys(
+        ("route", "dispatch", "combine"), 1
+    )
+    assert names.count("plan_dispatch") == 3, "as many as there are configs for these"
+    per_step = ["route", "plan_count", "plan_place", "dispatch", "combine"]
+    assert [name for name, _ in launches] == per_step * 8, "no tokens, no launch"
+
+
+def test_a_second_process_compiles_nothing(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step(5)
+    assert all(made.compiled for made in build.builds)
+    count = len(build.builds)
+    clear()  # what a process forgets
+    monkeypatch.setattr(build.targets, "lower", None)
+    monkeypatch.setattr(build.targets, "compile_kernel", None)
+    step(5)
+    again = build.builds[count:]
+    assert len(again) == count
+    assert not any(made.compiled for made in again)
+    assert sum(made.seconds for made in again) < 0.3
+
+
+def test_addresses_that_are_not_aligned_get_a_kernel_of_their_own(launches: list[Any]) -> None:
+    step(5)
+    count = len(build.builds)
+    step(5, shifted=True)
+    assert len(build.builds) == 2 * count
+    keys = [made.key for made in build.builds]
+    assert len(set(keys)) == len(keys)
+
+
+def test_no_alignment_is_assumed_then(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    compile_kernel = build.targets.compile_kernel
+    monkeypatch.setattr(
+        build.targets,
+        "compile_kernel",
+        lambda kernel, target: seen.append(kernel.ttir) or compile_kernel(kernel, target),
+    )
+    step(5, shifted=True)
+    assert seen
+    assert not any("divisibility" in ttir for ttir in seen)
+    seen.clear()
+    step(5)
+    assert all("tt.divisibility = 32" in ttir for ttir in seen)
+
+
+def test_every_other_launch(launches: list[Any]) -> None:
+    """Gradients, the load, the router, the experts: as many arguments as the machine code takes."""
+    zeros = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
+    int32, float32 = torch.int32, torch.float32
+    logits, weights, ids = zeros(5, 256), zeros(5, 9, dtype=float32), zeros(5, 9, dtype=int32)
+    valid, load = torch.tensor(3, dtype=int32), zeros(257, dtype=int32)
+    routing.route(logits, None, valid, None, V3.json, weights, ids, load)
+    routing.route(logits, None, None, 3, V3.json, weights, ids, None)
+    routing.route_backward(weights, logits, ids, V3.json)
+    x, router = zeros(5, 64), zeros(256, 64, dtype=float32)
+    routing.router_logits(x, router)
+    routing.router_logits_backward(zeros(5, 256, dtype=float32), x, router)
+    rows, slots, sizes, held = ids, zeros(88, dtype=int32), zeros(7, dtype=int32), zeros(88, 64)
+    dispatch.plan_dispatch(ids, 7, 8, zeros(300, dtype=int32), rows, slots, sizes)
+    dispatch.dispatch(x, rows, slots, weights, held)
+    dispatch.combine(held, rows, None, x)
+    dispatch.combine_weight_grad(held, x, rows, zeros(5, 9))
+    gate_up, down = zeros(7, 64, 96), zeros(7, 64, 48).mT
+    hidden, both = zeros(88, 48), zeros(88, 96)
+    experts.gated_matmul(held, gate_up, sizes, "silu", hidden)
+    experts.gated_matmul(held, gate_up, sizes, "gelu", hidden, both)
+    experts.grouped_matmul(hidden, down, sizes, held)
+    experts.grouped_outer(hidden, held, sizes, torch.empty_like(down))
+    assert [name for name, _ in launches] == [
+        *("route", "count_load", "route", "route_grad", "router_logits", "router_logits_grad_x"),
+        *("router_logits_grad_weight", "plan_count", "plan_place", "dispatch", "combine", "combine_weight_grad"),
+        *("gated_matmul", "gated_matmul", "grouped_matmul", "grouped_outer"),
+    ]
+
+
+def test_the_key_holds_what_matters() -> None:
+    """Another jax, triton or source, another key: an entry of theirs is never taken for ours."""
+    toolchain = build._toolchain()
+    assert f"jax {build.jax.__version__}" in toolchain
+    assert "triton" in toolchain

@@ -1,0 +1,208 @@
+# ruff: noqa: E501
+"""The torch ops: schema, fake implementation, autograd and torch.compile, on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+import bridge
+
+CONFIG = bridge.RoutingConfig(num_experts=16, top_k=3, n_group=4, topk_group=2, n_shared_experts=1)
+T, H, I, M, E = 5, 32, 16, 20, 17
+OPS = torch.ops.jaxmoe
+
+
+def normal(*shape: int, seed: int = 0, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def plan(align: int = 1) -> bridge.DispatchPlan:
+    return bridge.plan_dispatch(bridge.route(normal(T, 16), config=CONFIG).experts, E, align=align)
+
+
+def weights(transposed: bool, grad: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    if transposed:
+        return (normal(E, 2 * I, H, grad=grad) / 8).mT, (normal(E, H, I, grad=grad) / 8).mT
+    return normal(E, H, 2 * I, grad=grad) / 8, normal(E, I, H, grad=grad) / 8
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """A call of every op: (op, args, kwargs)."""
+    rows, slots, sizes = plan()
+    ids = bridge.route(normal(T, 16), config=CONFIG).experts
+    gate_up, down = (leaf(w) for w in weights(False))
+    transposed = tuple(leaf(w) for w in weights(True))
+    valid = torch.tensor(3, dtype=torch.int32)
+    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype)
+    out = {"weights": empty(T, 4), "experts": empty(T, 4, dtype=torch.int32), "load": empty(E, dtype=torch.int32)}
+    router = normal(16, H, seed=1, grad=True)
+    return {
+        "route": (OPS.route, (normal(T, 16, grad=True), normal(16), None, None, CONFIG.json, True), {}),
+        "route, a count on the device": (OPS.route, (normal(T, 16), None, valid, None, CONFIG.json, False), {}),
+        "route, a number": (OPS.route, (normal(T, 16, grad=True), None, None, 2, CONFIG.json, True), {}),
+        "route_out": (OPS.route_out, (normal(T, 16), normal(16), None, None, CONFIG.json), out),
+        "route_out, no load": (OPS.route_out, (normal(T, 16), None, valid, None, CONFIG.json), {**out, "load": None}),
+        "route_backward": (OPS.route_backward, (normal(T, 4), normal(T, 16), ids, CONFIG.json), {}),
+        "router_logits": (OPS.router_logits, (normal(T, H, grad=True), router), {}),
+        "router_logits_backward": (OPS.router_logits_backward, (normal(T, 16), normal(T, H), router.detach()), {}),
+        "plan_dispatch": (OPS.plan_dispatch, (ids, E, 4, None), {}),
+        "plan_dispatch, mapped": (OPS.plan_dispatch, (ids, 3, 1, torch.arange(-1, E - 1, dtype=torch.int32)), {}),
+        "dispatch": (OPS.dispatch, (normal(T, H, grad=True), rows, slots), {}),
+        "dispatch_out": (OPS.dispatch_out, (normal(T, H), rows, slots), {"out": empty(M, H)}),
+        "dispatch_backward": (OPS.dispatch_backward, (normal(M, H), rows, slots), {}),
+        "combine": (OPS.combine, (normal(M, H, grad=True), rows, slots, normal(T, 4, grad=True)), {}),
+        "combine_out": (OPS.combine_out, (normal(M, H), rows, slots, normal(T, 4)), {"out": empty(T, H)}),
+        "combine_backward": (OPS.combine_backward, (normal(T, H), normal(M, H), rows, slots, normal(T, 4)), {}),
+        "grouped_matmul": (OPS.grouped_matmul, (normal(M, H, grad=True), gate_up, sizes), {}),
+        "grouped_matmul_backward": (
+            OPS.grouped_matmul_backward,
+            (normal(M, 2 * I), normal(M, H), gate_up.detach(), sizes),
+            {},
+        ),
+        "experts": (OPS.experts, (normal(M, H, grad=True), gate_up, down, sizes, "silu"), {}),
+        "experts, transposed": (OPS.experts, (normal(M, H, grad=True), *transposed, sizes, "gelu"), {}),
+        "experts_backward": (
+            OPS.experts_backward,
+            (normal(M, H, seed=1), normal(M, H), gate_up.detach(), down.detach(), sizes, "silu"),
+            {},
+        ),
+        "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json), {}),
+        "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5), {}),
+    }
+
+
+CALLS = calls()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the op made of others
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    """torch's own checks: what is mutated, the fake implementation, autograd's registration, static and dynamic."""
+    op, args, kwargs = CALLS[name]
+    opcheck(op.default, args, kwargs)
+
+
+def test_every_op_is_here() -> None:
+    defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("jaxmoe::")}
+    assert defined == {name.partition(",")[0] for name in CALLS}
+
+
+def layer(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
+    logits = bridge.router_logits(x, router)
+    routing = bridge.route(logits, bias, config=CONFIG, num_valid_tokens=max(x.shape[0] - 1, 0))
+    plan = bridge.plan_dispatch(routing.experts, CONFIG.num_expert_ids, align=4)
+    rows = bridge.experts(bridge.dispatch(x, plan), *stack, plan.group_sizes)
+    return bridge.combine(rows, plan, routing.weights), routing.experts, routing.load
+
+
+def whole(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
+    y, routing = bridge.moe(x, bridge.MoEParams(router, *stack, bias), CONFIG)
+    return y, routing.experts, routing.load
+
+
+def in_place(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
+    with torch.no_grad():
+        logits = bridge.router_logits(x, router)
+        make = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype)
+        slots = CONFIG.num_slots
+        out = bridge.Routing(make(len(x), slots), make(len(x), slots, dtype=torch.int32), None)
+        routing = bridge.route(logits, bias, config=CONFIG, return_load=False, out=out)
+        plan = bridge.plan_dispatch(routing.experts, CONFIG.num_expert_ids)
+        rows = bridge.dispatch(x, plan, out=make(len(x) * slots, H))
+        return bridge.combine(rows, plan, routing.weights, out=torch.empty_like(x)), out.experts, out.weights
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in inductor
+@pytest.mark.parametrize("function", [layer, whole, in_place])
+def test_torch_compile(function: Callable[..., Any]) -> None:
+    """One graph for every number of tokens, the same results and gradients as without."""
+    backend = "inductor" if function is layer else "aot_eager"  # inductor takes long to compile
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    with_gradient = function is not in_place
+    stack = [leaf(w) for w in weights(False)]
+    router, bias = normal(16, H, seed=1, grad=True), normal(16, seed=2)
+    for tokens in (5, 9, 64, 3):
+        x = normal(tokens, H, seed=tokens, grad=with_gradient)
+        got, wanted = compiled(x, router, bias, *stack), function(x, router, bias, *stack)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+        if with_gradient:
+            inputs = [x, router, *stack]
+            gradients = [torch.autograd.grad(y[0].square().sum(), inputs) for y in (got, wanted)]
+            for a, b in zip(*gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                assert a.abs().max() > 0
+    assert counter.frame_count == 1
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "logits shape": (lambda: bridge.route(normal(T, 15), config=CONFIG), r"logits: expected .* \[T, 16\], got float32\[5, 15\]"),
+    "bias dtype": (
+        lambda: bridge.route(normal(T, 16), torch.zeros(16, dtype=torch.int32), config=CONFIG),
+        r"bias: expected bfloat16 or float16 or float32 \[16\], got int32\[16\]",
+    ),
+    "count": (lambda: bridge.route(normal(T, 16), config=CONFIG, num_valid_tokens=6), "num_valid_tokens: expected 0 to T=5"),
+    "kind of count": (lambda: bridge.route(normal(T, 16), config=CONFIG, num_valid_tokens="3"), "num_valid_tokens: expected an int"),
+    "columns": (lambda: bridge.route(normal(16, T).T, config=CONFIG), r"logits: expected rows that lie apart .* strides \(1, 5\)"),
+    "config": (lambda: bridge.route(normal(T, 16), config=CONFIG.json), "config: expected a RoutingConfig, got str"),
+    "ids dtype": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int64), 4), r"experts: expected int32 \[T, S\]"),
+    "align": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=0), "align: expected an int from 1"),
+    "plan": (lambda: bridge.dispatch(normal(T, H), tuple(plan())), "plan: expected a DispatchPlan, got tuple"),
+    "tokens of x": (lambda: bridge.dispatch(normal(T + 1, H), plan()), r"x: expected .* \[5, H\], got float32\[6, 32\]"),
+    "weights": (lambda: bridge.combine(normal(M, H), plan(), normal(T, 3)), r"weights: expected .* \[5, 4\], got float32\[5, 3\]"),
+    "weights kind": (lambda: bridge.combine(normal(M, H), plan(), 1.0), "weights: expected a torch.Tensor, got float"),
+    "router": (lambda: bridge.router_logits(normal(T, H), normal(16, H + 1)), r"weight: expected .* \[E, 32\]"),
+    "strided weights": (
+        lambda: bridge.experts(normal(M, H), normal(E, H, 4 * I)[..., ::2], normal(E, I, H), plan().group_sizes),
+        "gate_up: expected a contiguous tensor or the transpose of one",
+    ),
+    "activation": (
+        lambda: bridge.experts(normal(M, H), *weights(False), plan().group_sizes, activation="relu"),
+        "activation: expected one of",
+    ),
+    "out": (lambda: bridge.dispatch(normal(T, H), plan(), out=normal(M, H + 1)), r"out: expected float32 \[20, 32\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops' own checks, which CUDA tensors meet: the same words as jaxmoe's."""
+    from bridge import path
+
+    call, message = WRONG[name]
+    planned = plan()
+    monkeypatch.setitem(globals(), "plan", lambda: planned)
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_fake_tensors() -> None:
+    """Shapes and dtypes without values; nothing is run."""
+    with FakeTensorMode():
+        x = torch.empty(7, H, dtype=torch.bfloat16)
+        routing = bridge.route(bridge.router_logits(x, torch.empty(16, H)), config=CONFIG)
+        plan = bridge.plan_dispatch(routing.experts, E, align=8)
+        rows = bridge.dispatch(x, plan)
+        y = bridge.combine(rows, plan, routing.weights)
+    assert (routing.weights.shape, routing.load.shape) == ((7, 4), (E,))
+    assert rows.shape == (152, H), "28 pairs and 17 * 7 for the alignment, up to a multiple of 8"
+    assert (y.shape, y.dtype) == ((7, H), torch.bfloat16)
+
+
+def test_native_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="implementation: 'native' needs tensors on a GPU, got one on cpu"):
+        bridge.route(normal(T, 16), config=CONFIG, implementation="native")

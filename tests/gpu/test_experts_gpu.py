@@ -1,0 +1,3 @@
+"""tests/jaxmoe/test_experts.py on the GPU's kernels."""
+
+from tests.jaxmoe.test_experts import *  # noqa: F403

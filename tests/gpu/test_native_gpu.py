@@ -1,0 +1,468 @@
+"""The native path on a GPU: every op against jaxmoe's reference, outputs poisoned first, in every layout of memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmoe
+from tests import cases
+from tests.cases import CASES, IDS
+from tests.check_dispatch import check_combine, check_dispatch
+from tests.check_plan import PLAN_CASES, PLAN_IDS, PlanCase, check_plan
+from tests.check_route import check_route
+
+torch = pytest.importorskip("torch")
+import bridge  # noqa: E402
+from bridge.native import build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU")
+
+V3 = bridge.presets["deepseek-v3"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+LAYOUTS = ["aligned", "shifted", "apart"]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    yield
+    torch.cuda.synchronize()
+
+
+def tensor(array: Any, layout: str = "aligned") -> Any:
+    """The values on the GPU: from an aligned address, from an odd one, or with rows that lie apart."""
+    if array is None:
+        return None
+    array = np.asarray(array)
+    dtype = DTYPES[array.dtype.name]
+    values = torch.tensor(array.astype(np.float32 if dtype.is_floating_point else np.int32)).to(dtype)
+    if layout == "shifted":
+        memory = torch.zeros(values.numel() + 1, dtype=dtype, device="cuda")
+        memory[1:].view(values.shape).copy_(values)
+        return memory[1:].view(values.shape)
+    if layout == "apart" and values.ndim == 2:
+        memory = torch.full((values.shape[0], values.shape[1] + 7), 77, dtype=dtype, device="cuda")
+        memory[:, 3:-4] = values
+        return memory[:, 3:-4]
+    return values.cuda()
+
+
+def array(tensor: Any) -> Any:
+    if tensor is None:
+        return None
+    values = tensor.detach().float() if tensor.is_floating_point() else tensor
+    return jnp.asarray(values.cpu().numpy()).astype(str(tensor.dtype).removeprefix("torch."))
+
+
+def routing(got: bridge.Routing) -> jaxmoe.Routing:
+    return jaxmoe.Routing(*map(array, got))
+
+
+def plan_of(plan: bridge.DispatchPlan) -> jaxmoe.DispatchPlan:
+    return jaxmoe.DispatchPlan(*map(array, plan))
+
+
+def poisoned(*shape: int, dtype: Any = torch.float32, layout: str = "aligned") -> Any:
+    offset = int(layout == "shifted")
+    count = int(np.prod(shape))
+    value = float("nan") if dtype.is_floating_point else -77
+    return torch.full((count + offset,), value, dtype=dtype, device="cuda")[offset:].view(shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_route(case: cases.Case, layout: str) -> None:
+    logits, bias = case.inputs(129)
+    sizes = (len(logits), case.config.num_slots)
+    out = bridge.Routing(
+        poisoned(*sizes, layout=layout),
+        poisoned(*sizes, dtype=torch.int32, layout=layout),
+        poisoned(case.config.num_expert_ids, dtype=torch.int32, layout=layout),
+    )
+    got = bridge.route(tensor(logits, layout), tensor(bias), config=case.config, out=out)
+    assert got is out
+    check_route(routing(got), logits, bias, case.config)
+
+
+@pytest.mark.parametrize("valid", [0, 1, 100, 129])
+@pytest.mark.parametrize("kind", ["number", "tensor", "tensor inside another"])
+def test_num_valid_tokens(valid: int, kind: str) -> None:
+    logits = cases.normal(0, 129, 256)
+    holder = torch.full((5,), valid, dtype=torch.int32, device="cuda")
+    count = valid if kind == "number" else holder[0] if kind == "tensor" else holder[3]
+    got = bridge.route(tensor(logits), config=V3, num_valid_tokens=count)
+    check_route(routing(got), logits, None, V3, valid=valid)
+
+
+@pytest.mark.parametrize("layout", ["aligned", "shifted"])
+@pytest.mark.parametrize("case", PLAN_CASES, ids=PLAN_IDS)
+def test_plan_dispatch_and_combine(case: PlanCase, layout: str) -> None:
+    ids, expert_map = case.inputs(150)
+    plan = bridge.plan_dispatch(
+        tensor(ids, layout), case.num_experts, align=case.align, expert_map=tensor(expert_map, layout)
+    )
+    check_plan(plan_of(plan), ids, case.num_experts, case.align, expert_map)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        x = cases.normal(1, len(ids), 72, dtype=dtype)
+        out = poisoned(plan.slots.shape[0], 72, dtype=DTYPES[x.dtype.name], layout=layout)
+        rows = bridge.dispatch(tensor(x, "apart"), plan, out=out)
+        assert rows is out
+        check_dispatch(array(rows), x, plan_of(plan))
+        weights = cases.normal(2, *ids.shape, dtype=dtype)
+        y = poisoned(len(ids), 72, dtype=out.dtype, layout=layout)
+        assert bridge.combine(rows, plan, tensor(weights, layout), out=y) is y
+        check_combine(array(y), array(rows), plan_of(plan), weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", ["bfloat16 bfloat16", "bfloat16 float32", "float32 float32", "float16 bfloat16"])
+@pytest.mark.parametrize("tokens", [0, 1, 64, 300])
+def test_router_logits_and_gradients(tokens: int, dtypes: str, layout: str) -> None:
+    x_dtype, weight_dtype = dtypes.split()
+    x = cases.normal(0, tokens, 200, dtype=x_dtype)
+    weight = cases.normal(1, 60, 200, dtype=weight_dtype)
+    tx, tw = tensor(x, layout).detach().requires_grad_(), tensor(weight).requires_grad_()
+    got = bridge.router_logits(tx, tw)
+    x64, w64 = (np.asarray(a.astype(jnp.float32)).astype(np.float64) for a in (x, weight))
+    np.testing.assert_allclose(array(got), x64 @ w64.T, rtol=1e-5, atol=2e-5 * np.sqrt(200))
+    assert got.dtype == torch.float32
+    grad = cases.normal(2, tokens, 60)
+    got.backward(tensor(grad, "apart"))
+    g64 = np.asarray(grad).astype(np.float64)
+    for found, want, like in ((tx.grad, g64 @ w64, tx), (tw.grad, g64.T @ x64, tw)):
+        assert found.dtype == like.dtype
+        eps = float(jnp.finfo(str(like.dtype).removeprefix("torch.")).eps)
+        np.testing.assert_allclose(np.asarray(array(found), np.float64), want, rtol=max(eps, 1e-5), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "kimi-k2", "deepseek-v4-flash", "qwen3-next"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_jaxmoe(name: str, dtype: str) -> None:
+    """Through route, dispatch and combine at once, against jaxmoe's derivative on the CPU."""
+    config, tokens = bridge.presets[name], 50
+    logits, bias = cases.normal(0, tokens, config.num_experts, dtype=dtype), cases.normal(1, config.num_experts)
+    x, scale = cases.normal(2, tokens, 64, dtype=dtype), cases.normal(3, tokens, 64)
+
+    def loss(logits: Any, x: Any) -> Any:
+        got = jaxmoe.route(logits, bias, config=config, implementation="xla")
+        plan = jaxmoe.plan_dispatch(got.experts, config.num_expert_ids, implementation="xla")
+        rows = jaxmoe.dispatch(x, plan, implementation="xla")
+        rows = rows * (1 + jnp.arange(len(rows))[:, None] % 3).astype(rows.dtype)
+        y = jaxmoe.combine(rows, plan, got.weights, implementation="xla")
+        return jnp.sum(y.astype(jnp.float32) * scale)
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        wanted = jax.grad(loss, (0, 1))(logits, x)
+    tl, tx = tensor(logits).requires_grad_(), tensor(x).requires_grad_()
+    got = bridge.route(tl, tensor(bias), config=config)
+    plan = bridge.plan_dispatch(got.experts, config.num_expert_ids)
+    rows = bridge.dispatch(tx, plan)
+    rows = rows * (1 + torch.arange(len(rows), device="cuda")[:, None] % 3).to(rows.dtype)
+    y = bridge.combine(rows, plan, got.weights)
+    (y.float() * tensor(scale)).sum().backward()
+    for found, want in zip((tl.grad, tx.grad), wanted, strict=True):
+        tolerance = 1e-5 if dtype == "float32" else 2e-2
+        size = float(np.abs(np.asarray(want, np.float32)).max())
+        np.testing.assert_allclose(
+            np.asarray(array(found), np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance * size
+        )
+
+
+SIZES = {
+    "even": [40] * 6,
+    "uneven, with empty ones": [0, 130, 1, 0, 69, 40],
+    "one has all": [0, 0, 240, 0, 0, 0],
+    "rows behind the last group": [10, 0, 33, 5, 7, 20],
+    "no rows at all": [0] * 6,
+    "decode: fewer rows than experts": [1, 0, 1, 0, 1, 0],
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize(("width", "inner"), [(128, 96), (72, 40), (33, 7)])
+def test_experts_and_gradients(kind: str, dtype: str, transposed: bool, width: int, inner: int) -> None:
+    """Against a loop over experts in float64, gradients by torch's autograd."""
+    sizes, kept = SIZES[kind], DTYPES[dtype]
+    count = 3 if kind.startswith("decode") else 240
+    make = lambda seed, *shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(kept).cuda()
+    rows = make(0, count, width).requires_grad_()
+    if transposed:
+        stack = [(make(1, 6, 2 * inner, width) / 8).mT, (make(2, 6, width, inner) / 8).mT]
+    else:
+        stack = [make(1, 6, width, 2 * inner) / 8, make(2, 6, inner, width) / 8]
+    stack = [weight.detach().requires_grad_() for weight in stack]
+    group_sizes = torch.tensor(sizes, dtype=torch.int32, device="cuda")
+    got = bridge.experts(rows, *stack, group_sizes)
+    grad = make(3, count, width)
+    got.backward(grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, *stack)]
+    parts, first = [], 0
+    for expert, size in enumerate(sizes):
+        x = exact[0][first : first + size] @ exact[1][expert]
+        parts.append((torch.nn.functional.silu(x[:, :inner]) * x[:, inner:]) @ exact[2][expert])
+        first += size
+    wanted = torch.cat([*parts, exact[0][first:] * 0])
+    wanted.backward(grad.double())
+    eps = 2e-2 if kept is torch.bfloat16 else 1e-5
+    for found, want in ((got, wanted), *((a.grad, b.grad) for a, b in zip((rows, *stack), exact, strict=True))):
+        scale = max(float(want.abs().max()), 1e-3)
+        assert found.dtype == kept
+        assert float((found.double() - want).abs().max()) <= eps * scale
+    assert not got[sum(sizes) :].any()
+    plain = bridge.grouped_matmul(rows.detach(), stack[0].detach(), group_sizes)
+    first = 0
+    for expert, size in enumerate(sizes):
+        want = exact[0][first : first + size].detach() @ exact[1][expert].detach()
+        assert torch.allclose(plain[first : first + size].double(), want, rtol=eps, atol=eps)
+        first += size
+
+
+@pytest.mark.parametrize("config", [V3, bridge.presets["qwen3-moe"]], ids=["V3", "Qwen3"])
+def test_moe_is_the_layer(config: bridge.RoutingConfig) -> None:
+    """The op of the whole layer against jaxmoe's on the CPU, gradients too."""
+    count, make = config.num_expert_ids, lambda seed, *shape: cases.normal(seed, *shape, scale=0.25)
+    x, router, bias = make(0, 50, 64), make(1, config.num_experts, 64), make(2, config.num_experts)
+    gate_up, down = make(3, count, 64, 48), make(4, count, 24, 64)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        arrays = [jnp.asarray(np.asarray(a)) for a in (x, router, gate_up, down)]
+
+        def loss(x: Any, router: Any, gate_up: Any, down: Any) -> Any:
+            params = jaxmoe.MoEParams(router=router, bias=jnp.asarray(np.asarray(bias)), gate_up=gate_up, down=down)
+            y, got = jaxmoe.moe(x, params, config, implementation="xla")
+            return jnp.sum(y * y), (y, got)
+
+        gradients, (y, got) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
+    tensors = [tensor(a).requires_grad_() for a in (x, router, gate_up, down)]
+    params = bridge.MoEParams(tensors[1], tensors[2], tensors[3], tensor(bias))
+    ty, found = bridge.moe(tensors[0], params, config)
+    np.testing.assert_array_equal(array(found.experts), got.experts)
+    np.testing.assert_array_equal(array(found.load), got.load)
+    np.testing.assert_allclose(array(ty), y, rtol=1e-4, atol=1e-5)
+    (ty * ty).sum().backward()
+    for a, b in zip(tensors, gradients, strict=True):
+        np.testing.assert_allclose(array(a.grad), b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+    load = torch.arange(count, dtype=torch.int32, device="cuda")
+    moved = bridge.update_bias(tensor(bias), load, rate=0.25)
+    np.testing.assert_array_equal(array(moved), jaxmoe.update_bias(bias, jnp.arange(count, dtype=jnp.int32), rate=0.25))
+
+
+def test_one_compilation_serves_every_number_of_tokens() -> None:
+    config = bridge.RoutingConfig(num_experts=96, top_k=3, n_group=3, topk_group=2)  # no other test's
+    bias = torch.randn(96, device="cuda")
+    before = len(build.builds)
+    for tokens in [*range(40), 63, 64, 65, 511, 512, 513, 1000, 2048, 4095, 4096]:
+        logits = torch.randn(tokens, 96, device="cuda")
+        got = bridge.route(logits, bias, config=config)
+        plan = bridge.plan_dispatch(got.experts, 96, align=16)
+        x = torch.randn(tokens, 1032, device="cuda", dtype=torch.bfloat16)
+        rows = bridge.dispatch(x, plan)
+        y = bridge.combine(rows, plan, got.weights)
+        if tokens in (1, 39, 512, 4096):
+            check_route(routing(got), array(logits), array(bias), config)
+            check_plan(plan_of(plan), array(got.experts), 96, 16)
+            check_dispatch(array(rows), array(x), plan_of(plan))
+            check_combine(array(y), array(rows), plan_of(plan), array(got.weights))
+    names = [made.name.rpartition(".")[2] for made in build.builds[before:]]
+    counts = {name: names.count(name) for name in set(names)}
+    assert counts.pop("plan_dispatch") <= 4, "one for each size of block"
+    assert counts == {"route": 1, "count_load": 1, "dispatch": 1, "combine": 1}
+
+
+def test_offsets_past_2_31_elements() -> None:
+    """37,450 tokens x 8 rows x 7168: a kernel of its own, with 64-bit offsets."""
+    tokens, width = 37_450, 7168
+    ids = torch.randint(0, 256, (tokens, 8), dtype=torch.int32, device="cuda")
+    plan = bridge.plan_dispatch(ids, 256)
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    rows = bridge.dispatch(x, plan)
+    assert rows.numel() > 2**31
+    last = plan.slots[-3:].long()
+    assert torch.equal(rows[-3:], x[last // 8])
+    weights = torch.rand(tokens, 8, device="cuda")
+    y = bridge.combine(rows, plan, weights)
+    for token in (0, 17, tokens - 1):
+        want = sum(weights[token, j].double() * rows[plan.rows[token, j].long()].double() for j in range(8))
+        assert torch.allclose(y[token].double(), want, rtol=1e-2, atol=1e-2)
+
+
+class Step:
+    """route, plan, dispatch, combine, as an engine captures them."""
+
+    def __init__(self, tokens: int, config: bridge.RoutingConfig = V3, width: int = 512) -> None:
+        self.config, self.tokens, self.width = config, tokens, width
+        self.logits = torch.zeros(tokens, config.num_experts, device="cuda", dtype=torch.bfloat16)
+        self.bias = torch.randn(config.num_experts, device="cuda")
+        self.x = torch.zeros(tokens, width, device="cuda", dtype=torch.bfloat16)
+        self.valid = torch.tensor(tokens, dtype=torch.int32, device="cuda")
+
+    def __call__(self) -> tuple[Any, ...]:
+        got = bridge.route(self.logits, self.bias, config=self.config, num_valid_tokens=self.valid)
+        plan = bridge.plan_dispatch(got.experts, self.config.num_expert_ids)
+        rows = bridge.dispatch(self.x, plan)
+        return got, plan, rows, bridge.combine(rows, plan, got.weights)
+
+    def fill(self, seed: int, valid: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        self.logits.normal_(generator=generator)
+        self.x.normal_(generator=generator)
+        self.valid.fill_(valid)
+
+    def check(self, results: tuple[Any, ...], valid: int) -> None:
+        got, plan, rows, y = results
+        check_route(routing(got), array(self.logits), array(self.bias), self.config, valid=valid)
+        check_plan(plan_of(plan), array(got.experts), self.config.num_expert_ids)
+        check_dispatch(array(rows), array(self.x), plan_of(plan))
+        check_combine(array(y), array(rows), plan_of(plan), array(got.weights))
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "first call inside the capture"])
+def test_captured_and_replayed(warm: bool) -> None:
+    """New inputs, another number of valid tokens, every result poisoned in between."""
+    width = 512 if warm else 520  # another width, another kernel
+    step = Step(33, width=width)
+    if warm:
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    poison = torch.empty(2**20, device="cuda")  # what the capture freed must not be what it needs
+    for seed, valid in enumerate((33, 0, 7, 33, 1)):
+        step.fill(seed, valid)
+        poison.fill_(float("nan"))
+        for part in (*results[0], *results[1], *results[2:]):
+            part.fill_(-77)
+        graph.replay()
+        torch.cuda.synchronize()
+        step.check(results, valid)
+
+
+def test_side_stream() -> None:
+    """A launch goes to torch's current stream, behind what that stream holds."""
+    step, stream = Step(64), torch.cuda.Stream()
+    step()
+    step.fill(0, 64)
+    logits, x = step.logits.clone(), step.x.clone()
+    step.logits.zero_()
+    step.x.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        step.logits.copy_(logits)
+        step.x.copy_(x)
+        results = step()
+        assert not stream.query(), "the host must not have waited"
+    torch.cuda.synchronize()
+    step.check(results, 64)
+
+
+def test_several_streams_and_threads_at_once() -> None:
+    """Threads share kernels, and a kernel's argument buffer."""
+    steps = [Step(1 + 37 * i) for i in range(4)]
+    for i, step in enumerate(steps):
+        step.fill(i, step.tokens)
+    torch.cuda.synchronize()
+    results: dict[int, Any] = {}
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                results[i] = steps[i]()
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, step in enumerate(steps):
+        step.check(results[i], step.tokens)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in inductor
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_torch_compile(mode: str) -> None:
+    """fullgraph, no recompilation for another number of tokens; with "reduce-overhead" in inductor's CUDA graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    bias = torch.randn(256, device="cuda")
+    weight = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
+
+    def layer(x: Any) -> Any:
+        got = bridge.route(bridge.router_logits(x, weight), bias, config=V3, return_load=False)
+        plan = bridge.plan_dispatch(got.experts, 257)
+        return bridge.combine(bridge.dispatch(x, plan) * 2, plan, got.weights)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, mode=mode)
+    for tokens in (64, 33, 7, 128):
+        x = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
+        assert torch.allclose(compiled(x).float(), layer(x).float(), rtol=1e-2, atol=1e-2)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_opcheck() -> None:
+    from torch.library import opcheck
+
+    step = Step(5)
+    step.fill(0, 5)
+    got, plan, rows, _ = step()
+    ops, logits = torch.ops.jaxmoe, step.logits.clone().requires_grad_()
+    checks: list[tuple[Any, ...]] = [
+        (ops.route.default, (logits, step.bias, step.valid, None, V3.json, True)),
+        (ops.route.default, (logits, None, None, 3, V3.json, False)),
+        (ops.plan_dispatch.default, (got.experts, 257, 8, None)),
+        (ops.dispatch.default, (step.x.clone().requires_grad_(), plan.rows, plan.slots)),
+        (ops.combine.default, (rows.clone().requires_grad_(), plan.rows, plan.slots, got.weights.requires_grad_())),
+        (ops.router_logits.default, (step.x.clone().requires_grad_(), torch.randn(9, 512, device="cuda"))),
+    ]
+    for op, args in checks:
+        opcheck(op, args)
+    plain = got.weights.detach()
+    outs: list[tuple[Any, ...]] = [
+        (
+            ops.route_out.default,
+            (step.logits, step.bias, None, None, V3.json),
+            {"weights": plain, "experts": got.experts, "load": None},
+        ),
+        (ops.dispatch_out.default, (step.x, plan.rows, plan.slots), {"out": rows}),
+        (ops.combine_out.default, (rows, plan.rows, plan.slots, plain), {"out": torch.empty_like(step.x)}),
+    ]
+    for op, args, out in outs:
+        opcheck(op, args, out)
+
+
+def test_first_cuda_call_of_a_thread() -> None:
+    """A thread has no context until something makes one: FlashInfer's and triton's launchers look after that too."""
+    logits, found = torch.randn(9, 256, device="cuda"), []
+    out = bridge.Routing(poisoned(9, V3.num_slots), poisoned(9, V3.num_slots, dtype=torch.int32), None)
+    bridge.route(logits, config=V3, return_load=False)
+    torch.cuda.synchronize()
+    work = lambda: found.append(bridge.route(logits, config=V3, return_load=False, out=out))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    check_route(routing(found[0]), array(logits), None, V3)
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+def test_second_gpu() -> None:
+    """The tensors' device decides, not torch's current one; tensors of both are refused."""
+    logits = torch.randn(50, 256, device="cuda:1")
+    got = bridge.route(logits, config=V3)
+    assert got.weights.device == logits.device
+    check_route(routing(got), array(logits), None, V3)
+    plan = bridge.plan_dispatch(got.experts, 257)
+    check_plan(plan_of(plan), array(got.experts), 257)
+    with pytest.raises(ValueError, match="bias: expected the device of the first argument, cuda:1, got cuda:0"):
+        bridge.route(logits, torch.zeros(256, device="cuda:0"), config=V3)
