@@ -10,6 +10,7 @@ kernels and with a full one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -69,19 +70,18 @@ def first_call(cache: str) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """All of it, in microseconds and seconds."""
     config = bridge.presets["deepseek-v3"]
-    config = bridge.RoutingConfig(**{**json.loads(config.json), "n_shared_experts": 0})
+    config = dataclasses.replace(config, n_shared_experts=0)
     logits = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(256, device="cuda")
     out = bridge.Routing(torch.empty(64, 8, device="cuda"), torch.empty(64, 8, device="cuda", dtype=torch.int32), None)
     text, weights, experts = config.json, out.weights, out.experts
     op = torch.ops.jaxmoe.route_out.default
+    kernel = native._route(text, logits.dtype, bias.dtype, None, False, 256, 1, True, logits.get_device())
     with torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {
             "torch.add(out=)": lambda: torch.add(weights, weights, out=weights),
-            "launch": lambda: native.route(logits, bias, None, None, text, weights, experts, None),
-            "torch.ops.jaxmoe.route_out": lambda: op(
-                logits, bias, None, None, text, weights=weights, experts=experts, load=None
-            ),
+            "launch": lambda: kernel(64, 1, logits.data_ptr(), bias.data_ptr(), weights.data_ptr(), experts.data_ptr()),
+            "torch.ops.jaxmoe.route_out": lambda: op(logits, bias, None, None, text, weights, experts, None),
             "bridge.route(out=)": lambda: bridge.route(logits, bias, config=config, return_load=False, out=out),
             "bridge.route": lambda: bridge.route(logits, bias, config=config, return_load=False),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,29 @@ def call(
     device = _check(named + outs)
     if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a call through DLPack cannot be captured in a CUDA graph")
+    with _jax_device(device):  # or what is made of shapes alone, as with no tokens, would lie on JAX's first device
+        return _call(function, named, structure, outs, out_structure, options, strided, no_gradient, out)
+
+
+def _jax_device(device: torch.device | None) -> Any:
+    if device is None:
+        return contextlib.nullcontext()
+    platform = "cpu" if device.type == "cpu" else "rocm" if torch.version.hip else "cuda"
+    devices = jax.local_devices(backend=platform)
+    return jax.default_device(next((d for d in devices if d.local_hardware_id == device.index), devices[0]))
+
+
+def _call(
+    function: Callable[..., Any],
+    named: Named,
+    structure: Any,
+    outs: Named,
+    out_structure: Any,
+    options: dict[str, Any],
+    strided: Sequence[str],
+    no_gradient: Sequence[str],
+    out: Any,
+) -> Any:
     wanted = tuple(
         index
         for index, (name, value) in enumerate(named)

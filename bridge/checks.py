@@ -16,22 +16,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fits(tensor: torch.Tensor, sizes: tuple[int, ...], dtype: torch.dtype, device: int) -> bool:
-    """Whether a tensor is contiguous and just so: the quick answer, before the checks that say what is wrong."""
-    return (
-        tensor.dtype is dtype
-        and tensor.shape == sizes
-        and tensor.get_device() == device
-        and tensor.is_contiguous()
-        and not tensor.requires_grad
-    )
-
-
-def apart(a: int, a_bytes: int, b: int, b_bytes: int) -> bool:
-    """Whether two stretches of memory have nothing in common."""
-    return a + a_bytes <= b or b + b_bytes <= a
-
-
 def check_no_gradient(**tensors: torch.Tensor | None) -> None:
     """Raises ValueError where one of the tensors asks for a gradient: what is written in place has none."""
     if torch.is_grad_enabled():

@@ -119,7 +119,7 @@ def dispatch(
         if out is None:
             return ops.dispatch(x, plan.rows, plan.slots)
         _check_tensor("out", out)
-        ops.dispatch_out(x, plan.rows, plan.slots, out=out)
+        ops.dispatch_out(x, plan.rows, plan.slots, out)
         return out
     arguments = {"x": x, "plan": _jax_plan(plan)}
     return call(jaxmoe.dispatch, arguments, {"implementation": implementation}, strided=("x",), out=out)
@@ -162,7 +162,7 @@ def combine(
         if out is None:
             return ops.combine(rows, plan.rows, plan.slots, weights)
         _check_tensor("out", out)
-        ops.combine_out(rows, plan.rows, plan.slots, weights, out=out)
+        ops.combine_out(rows, plan.rows, plan.slots, weights, out)
         return out
     arguments = {"rows": rows, "plan": _jax_plan(plan), "weights": weights}
     return call(jaxmoe.combine, arguments, {"implementation": implementation}, strided=("rows",), out=out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from bridge.native.build import target_of
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-@functools.cache
-def _runs_natively(device: int) -> bool:
+_runs_natively: dict[int, bool] = {}  # by device
+
+
+def _find_out(device: int) -> bool:
     try:
         target_of(device)
+        _runs_natively[device] = True
     except ValueError:  # a GPU that the kernels do not run on: jaxmoe has XLA for it
-        return False
-    return True
+        _runs_natively[device] = False
+    return _runs_natively[device]
 
 
 def takes_ops(tensor: Any, implementation: str | None) -> bool:
@@ -28,11 +30,16 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
     "native" asks for it; raises ValueError where the tensor is not on such a GPU. Every other name is a matter of JAX.
     """
     if implementation is None:
-        if not isinstance(tensor, torch.Tensor):
+        if torch.compiler.is_compiling():
+            return True
+        kind = type(tensor)
+        if kind not in _PLAIN:
+            return isinstance(tensor, torch.Tensor)
+        if not tensor.is_cuda:
             return False
-        if tensor.is_cuda:
-            return _runs_natively(tensor.get_device())
-        return torch.compiler.is_compiling() or type(tensor) not in _PLAIN
+        device = tensor.get_device()
+        natively = _runs_natively.get(device)
+        return _find_out(device) if natively is None else natively
     if implementation != "native":
         return False
     if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:

@@ -98,7 +98,7 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
     for name, tensor in zip(Routing._fields, out, strict=True):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise ValueError(f"out.{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    ops.route_out(logits, bias, valid, number, config.json, weights=weights, experts=experts, load=load)
+    ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
     return out if type(out) is Routing else Routing(*out)
 
 

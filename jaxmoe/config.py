@@ -97,17 +97,18 @@ class RoutingConfig:
         if not is_number or not 1e-37 <= abs(scale) <= 1e37:
             raise _fail("routed_scaling_factor", "a number from 1e-37 to 1e37 in size", scale)
         # Made once, here: a torch op takes its config as a string on every call.
-        object.__setattr__(self, "_json", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+        values = [getattr(self, field.name) for field in fields(self)]
+        object.__setattr__(self, "_json", json.dumps(values, separators=(",", ":")))
 
     @property
     def json(self) -> str:
-        """The fields as a JSON object."""
+        """The fields' values, in order, as a JSON list."""
         return self._json  # type: ignore[attr-defined]
 
     @classmethod
     def from_json(cls, text: str) -> RoutingConfig:
         """The config whose `json` is `text`."""
-        return cls(**json.loads(text))
+        return cls(**dict(zip((field.name for field in fields(cls)), json.loads(text), strict=True)))
 
     @property
     def num_slots(self) -> int:

@@ -98,7 +98,8 @@ class Binary:
     code: bytes
     threads: int  # of a program
     shared_bytes: int
-    arguments: str  # "P" for a pointer, "i" for an int32; those behind the kernel's own are null
+    own: str  # the arguments it is passed, in struct's letters: "Q" an address, "i" an int32
+    arguments: str  # and those that triton adds behind them, null
     sizes: tuple[str, ...]
 
 
@@ -218,16 +219,16 @@ def binary(kernel: Lowered, compiled: Any) -> Binary:
     else:
         entries = re.findall(r"\.offset: .*\n\s*\.size: +(\d+)", compiled.asm["amdgcn"])
         code, sizes = compiled.asm["hsaco"], [str(8 * int(size)) for size in entries]
-    arguments = "".join({"64": "P", "32": "i"}[size] for size in sizes)
+    arguments = "".join({"64": "Q", "32": "i"}[size] for size in sizes)
     declared = kernel.ttir[: kernel.ttir.index("{\n", kernel.ttir.index("tt.func"))]
-    wanted = "".join("P" if kind else "i" for kind in re.findall(r"%arg\d+: (?:(!tt\.ptr)|i32)", declared))
+    own = "".join("Q" if kind else "i" for kind in re.findall(r"%arg\d+: (?:(!tt\.ptr)|i32)", declared))
     scratch = sum(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
-    if not wanted or not re.fullmatch(f"{wanted}P*", arguments) or scratch:
+    if not own or not re.fullmatch(f"{own}Q*", arguments) or scratch:
         raise RuntimeError(
-            f"{kernel.name}: triton made arguments {arguments!r} of {wanted!r}, with {scratch} bytes of scratch memory"
+            f"{kernel.name}: triton made arguments {arguments!r} of {own!r}, with {scratch} bytes of scratch memory"
         )
     threads = metadata.num_warps * metadata.target.warp_size
-    return Binary(metadata.name, code, threads, metadata.shared, arguments, kernel.sizes)
+    return Binary(metadata.name, code, threads, metadata.shared, own, arguments, kernel.sizes)
 
 
 def report(compiled: Any) -> Report:

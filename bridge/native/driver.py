@@ -18,12 +18,12 @@ import torch
 
 from kernels_pallas.targets import Binary
 
-# The fastest way to ask, and private: torch.cuda.current_stream makes an object for every call.
+# The fastest ways to ask, and private: torch.cuda.current_stream makes an object for every call.
 _raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
 )
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
-_BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # the same numbers in CUDA and HIP, but for where the list ends
 _MAX_DYNAMIC_SHARED = 8
 _DEFAULT_SHARED = 48 * 1024  # more must be asked for on CUDA
 _NO_CONTEXT = 201  # a thread's first CUDA call
@@ -31,6 +31,11 @@ _RELAXED = 2
 
 # Called with the kernel's name and grid at every launch: see `jaxmoe audit`.
 observers: list[Callable[[str, tuple[int, int]], None]] = []
+
+# How a launch lies in memory: the grid, the block and the shared memory as CUDA's launch configuration begins, then
+# the stream and no attributes; then the kernel's arguments.
+_LAUNCH = "7I4xQQI4x"
+_BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # the same numbers in CUDA and HIP, but for where the list ends
 
 
 class Driver:
@@ -44,9 +49,8 @@ class Driver:
         self._capture_mode = self._function(
             "hipThreadExchangeStreamCaptureMode", "cuThreadExchangeStreamCaptureMode", c_void_p
         )
-        self.launch = self._function(
-            "hipModuleLaunchKernel", "cuLaunchKernel", c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p
-        )
+        # CUDA's takes everything by address; HIP has that too, but only since ROCm 6.4.
+        self.launch = self._library.hipModuleLaunchKernel if hip else self._library.cuLaunchKernelEx
 
     def _function(self, hip: str, cuda: str, *types: Any) -> Any:
         function = getattr(self._library, hip if self.hip else cuda)
@@ -106,18 +110,18 @@ class Kernel:
         with torch.cuda.device(device):
             self._driver.enter(device)
             self._function = self._driver.load(binary)
-        self._launch, self._threads, self._shared = self._driver.launch, binary.threads, binary.shared_bytes
-        layout = struct.Struct("@" + binary.arguments.replace("P", "Q"))
-        self._null = (0,) * (len(binary.arguments) - len(binary.arguments.rstrip("P")))
-        self._count = len(binary.arguments)
+        self._block = (1, binary.threads, 1, 1, binary.shared_bytes)
+        layout, whole = struct.Struct("@" + _LAUNCH + binary.own), struct.Struct("@" + _LAUNCH + binary.arguments)
+        first, size = struct.calcsize("@" + _LAUNCH), whole.size - struct.calcsize("@" + _LAUNCH)
         self._pack_into = layout.pack_into
-        self._buffer = ctypes.create_string_buffer(layout.size)
-        self._size = c_size_t(layout.size)
-        end = 3 if self._driver.hip else 0
-        self._extra = (c_void_p * 5)(
-            _BUFFER_POINTER, ctypes.addressof(self._buffer), _BUFFER_SIZE, ctypes.addressof(self._size), end
-        )
-        self._lock = threading.Lock()  # of the buffer, which the driver reads before it returns
+        self._memory = ctypes.create_string_buffer(whole.size)  # what follows the kernel's own arguments stays null
+        self._size = c_size_t(size)
+        start, end = ctypes.addressof(self._memory), 3 if self._driver.hip else 0
+        self._extra = (c_void_p * 5)(_BUFFER_POINTER, start + first, _BUFFER_SIZE, ctypes.addressof(self._size), end)
+        self._launch = self._launch_hip if self._driver.hip else self._launch_cuda
+        self._cuda = (c_void_p(start), self._function, None, c_void_p(ctypes.addressof(self._extra)))
+        self._call = self._driver.launch
+        self._lock = threading.Lock()  # of the memory, which the driver reads before it returns
 
     def __call__(self, x: int, y: int, *arguments: int) -> None:
         """Launches x by y programs on torch's current stream of the kernel's device.
@@ -128,24 +132,26 @@ class Kernel:
           arguments: addresses and numbers, in the order of the kernel's own.
         """
         device = self.device
-        if torch.cuda.current_device() != device:
+        if _current_device() != device:
             with torch.cuda.device(device):
                 return self(x, y, *arguments)
-        for observe in observers:
-            observe(self.name, (x, y))
-        missing = self._count - len(arguments)
-        if missing:
-            arguments += self._null[:missing]
+        if observers:
+            for observe in observers:
+                observe(self.name, (x, y))
         with self._lock:
-            self._pack_into(self._buffer, 0, *arguments)
-            status = self._launch(
-                self._function, x, y, 1, self._threads, 1, 1, self._shared, _raw_stream(device), None, self._extra
-            )
-            if status == _NO_CONTEXT and not self._driver.hip:
+            self._pack_into(self._memory, 0, x, y, *self._block, _raw_stream(device), 0, 0, *arguments)
+            status = self._launch()
+            if status == _NO_CONTEXT:
                 self._driver.enter(device)
-                status = self._launch(
-                    self._function, x, y, 1, self._threads, 1, 1, self._shared, _raw_stream(device), None, self._extra
-                )
+                status = self._launch()
         if status:
             self._driver.check(status, f"launching {self.name} on a grid of {x} by {y}")
         return None
+
+    def _launch_cuda(self) -> int:
+        return self._call(*self._cuda)
+
+    def _launch_hip(self) -> int:
+        x, y, z, *block, shared, stream, _, _ = struct.unpack_from("@" + _LAUNCH, self._memory)
+        numbers = map(c_uint, (x, y, z, *block, shared))
+        return self._call(self._function, *numbers, c_void_p(stream), None, self._extra)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from bridge.native.build import JAX_DTYPES, aligned, build, row_stride, rows_for, shape
+from bridge.native.build import ALIGNMENT, JAX_DTYPES, WIDE, aligned, build, row_stride, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.config import RoutingConfig, rule_for
 from kernels_pallas import count, route_grad, router_logits_grad
@@ -20,13 +21,6 @@ INT32, FLOAT32 = torch.int32, torch.float32
 def config_of(text: str) -> RoutingConfig:
     """The config that an op was given as a string."""
     return RoutingConfig.from_json(text)
-
-
-@functools.cache
-def sizes_of(text: str) -> tuple[int, int]:
-    """(E, S) of the config."""
-    config = config_of(text)
-    return config.num_experts, config.num_slots
 
 
 @functools.cache
@@ -99,6 +93,75 @@ def route(
     kernel(num_tokens, 1, *ins, *outs)
     if load is not None:
         _count(experts, load, device)
+
+
+# By config, dtypes and device: (E, S, the most tokens, the kernel for dense and aligned tensors).
+_at_once: dict[Any, tuple[int, int, int, Kernel]] = {}
+
+
+def route_at_once(
+    logits: torch.Tensor, bias: torch.Tensor | None, config: str, weights: torch.Tensor, experts: torch.Tensor
+) -> bool:
+    """`route`, if this is the usual call in which nothing can be wrong; else False, and nothing has been done.
+
+    An engine routes for every layer and step, and the checks that can say what is wrong take longer than the launch.
+    """
+    dtype, device = logits.dtype, logits.get_device()
+    known = _at_once.get((config, dtype, None if bias is None else bias.dtype, device))
+    if known is None:
+        return _prepare(logits, bias, config)
+    num_experts, num_slots, most, kernel = known
+    shape = logits.shape
+    tokens = shape[0]
+    sizes = (tokens, num_slots)
+    if not (
+        shape == (tokens, num_experts)
+        and 0 < tokens <= most
+        and weights.shape == sizes
+        and experts.shape == sizes
+        and weights.dtype is FLOAT32
+        and experts.dtype is INT32
+        and logits.is_contiguous()
+        and weights.is_contiguous()
+        and experts.is_contiguous()
+        and weights.get_device() == device
+        and experts.get_device() == device
+        and not (logits.requires_grad or weights.requires_grad)
+    ):
+        return False
+    a, b, c, written = logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), 4 * tokens * num_slots
+    a_end, b_end, c_end = a + logits.nbytes, b + written, c + written
+    if (a | b | c) % ALIGNMENT or not (
+        (a_end <= b or b_end <= a) and (a_end <= c or c_end <= a) and (b_end <= c or c_end <= b)
+    ):
+        return False
+    if bias is None:
+        kernel(tokens, 1, a, b, c)
+        return True
+    d = bias.data_ptr()
+    d_end = d + bias.nbytes
+    if (
+        d % ALIGNMENT
+        or bias.shape != (num_experts,)
+        or bias.get_device() != device
+        or not bias.is_contiguous()
+        or bias.requires_grad
+        or not ((d_end <= b or b_end <= d) and (d_end <= c or c_end <= d))
+    ):
+        return False
+    kernel(tokens, 1, a, d, b, c)
+    return True
+
+
+def _prepare(logits: torch.Tensor, bias: torch.Tensor | None, config: str) -> bool:
+    """Makes the kernel that `route_at_once` will find next time."""
+    known, bias_dtype = config_of(config), None if bias is None else bias.dtype
+    dtype, device, experts = logits.dtype, logits.get_device(), known.num_experts
+    if dtype in JAX_DTYPES and (bias is None or bias_dtype in JAX_DTYPES) and INT32 not in (dtype, bias_dtype):
+        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, True, device)
+        most = WIDE // (experts * dtype.itemsize)
+        _at_once[config, dtype, bias_dtype, device] = experts, known.num_slots, most, kernel
+    return False
 
 
 @functools.cache

@@ -115,26 +115,26 @@ dispatch = define(
 )
 
 
-def _check_dispatch_out(x: Tensor, rows: Tensor, slots: Tensor, *, out: Tensor) -> None:
+def _check_dispatch_out(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
     _check_dispatch(x, rows, slots)
     check("out", out, (slots.shape[0], x.shape[1]), (x.dtype,))
     check_layout(x.device, out=out)
 
 
-def _dispatch_out_native(x: Tensor, rows: Tensor, slots: Tensor, *, out: Tensor) -> None:
-    _check_dispatch_out(x, rows, slots, out=out)
+def _dispatch_out_native(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
+    _check_dispatch_out(x, rows, slots, out)
     check_out({"out": out}, {"x": x, "plan.rows": rows, "plan.slots": slots})
     native.dispatch(x, rows, slots, None, out)
     increment_version(out)
 
 
-def _dispatch_out_plain(x: Tensor, rows: Tensor, slots: Tensor, *, out: Tensor) -> None:
-    _check_dispatch_out(x, rows, slots, out=out)
+def _dispatch_out_plain(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
+    _check_dispatch_out(x, rows, slots, out)
     call(jaxmoe.dispatch, {"x": x, "plan": _plan(rows, slots)}, {}, strided=("x",), out=out)
 
 
 dispatch_out = define(
-    "dispatch_out(Tensor x, Tensor rows, Tensor slots, *, Tensor(a!) out) -> ()",
+    "dispatch_out(Tensor x, Tensor rows, Tensor slots, Tensor(a!) out) -> ()",
     native=_dispatch_out_native,
     plain=_dispatch_out_plain,
     fake=_check_dispatch_out,
@@ -218,27 +218,27 @@ combine = define(
 )
 
 
-def _check_combine_out(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, *, out: Tensor) -> None:
+def _check_combine_out(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
     _check_combine(x, rows, slots, weights)
     check("out", out, (rows.shape[0], x.shape[1]), (x.dtype,))
     check_layout(x.device, out=out)
 
 
-def _combine_out_native(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, *, out: Tensor) -> None:
-    _check_combine_out(x, rows, slots, weights, out=out)
+def _combine_out_native(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+    _check_combine_out(x, rows, slots, weights, out)
     check_out({"out": out}, {"rows": x, "plan.rows": rows, "plan.slots": slots, "weights": weights})
     native.combine(x, rows, weights, out)
     increment_version(out)
 
 
-def _combine_out_plain(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, *, out: Tensor) -> None:
-    _check_combine_out(x, rows, slots, weights, out=out)
+def _combine_out_plain(x: Tensor, rows: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+    _check_combine_out(x, rows, slots, weights, out)
     arguments = {"rows": x, "plan": _plan(rows, slots), "weights": weights}
     call(jaxmoe.combine, arguments, {}, strided=("rows",), out=out)
 
 
 combine_out = define(
-    "combine_out(Tensor x, Tensor rows, Tensor slots, Tensor weights, *, Tensor(a!) out) -> ()",
+    "combine_out(Tensor x, Tensor rows, Tensor slots, Tensor weights, Tensor(a!) out) -> ()",
     native=_combine_out_native,
     plain=_combine_out_plain,
     fake=_check_combine_out,

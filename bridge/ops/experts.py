@@ -206,10 +206,9 @@ def _experts_backward_native(
     dhidden = torch.empty_like(hidden)
     native.grouped_matmul(grad, down.mT, group_sizes, dhidden)
     native.grouped_outer(hidden, grad, group_sizes, ddown)
-    gate, up = (half.float() for half in both.chunk(2, dim=1))
-    wide = dhidden.float()
-    both[:, :inner] = _activation_backward(wide * up, gate, activation)
-    both[:, inner:] = wide * _activate(gate, activation)
+    gate, up, wide = *(half.float() for half in both.chunk(2, dim=1)), dhidden.float()
+    dgate, dup = _activation_backward(wide * up, gate, activation), wide * _activate(gate, activation)
+    both[:, :inner], both[:, inner:] = dgate, dup  # at last: in float32 gate and up are views of it
     native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
     native.grouped_outer(rows, both, group_sizes, dgate_up)
     return drows, dgate_up, ddown

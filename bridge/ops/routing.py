@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 import jaxmoe
 from bridge.call import call
-from bridge.checks import FLOAT32, FLOATS, INT32, apart, check, check_layout, check_out, fits, row_stride
+from bridge.checks import FLOAT32, INT32, check, check_layout, check_out, row_stride
 from bridge.native import routing as native
 from bridge.native.routing import config_of
 from bridge.ops.library import define
@@ -97,7 +97,6 @@ def _check_route_out(
     valid: Tensor | None,
     number: Any,
     config: str,
-    *,
     weights: Tensor,
     experts: Tensor,
     load: Tensor | None,
@@ -112,75 +111,48 @@ def _check_route_out(
     check_layout(logits.device, **{"out.weights": weights, "out.experts": experts, "out.load": load})
 
 
-def _is_plain(
-    logits: Tensor, bias: Any, valid: Any, number: Any, config: str, weights: Tensor, experts: Tensor, load: Any
-) -> bool:
-    """Whether this is a call in which nothing can be wrong: an engine makes one for every layer and token.
-
-    The checks that say what is wrong take several times as long as the launch.
-    """
-    num_experts, num_slots = native.sizes_of(config)
-    tokens, width = shape if len(shape := logits.shape) == 2 else (0, -1)
-    device, sizes, out_bytes = logits.get_device(), (tokens, num_slots), 4 * tokens * num_slots
-    if (
-        width != num_experts
-        or logits.dtype not in FLOATS
-        or logits.requires_grad
-        or not logits.is_contiguous()
-        or (valid is not None or number is not None or load is not None)
-        or not fits(weights, sizes, torch.float32, device)
-        or not fits(experts, sizes, torch.int32, device)
-    ):
-        return False
-    first, second, read = weights.data_ptr(), experts.data_ptr(), logits.data_ptr()
-    read_bytes = tokens * width * logits.itemsize
-    if not (
-        apart(first, out_bytes, second, out_bytes)
-        and apart(first, out_bytes, read, read_bytes)
-        and apart(second, out_bytes, read, read_bytes)
-    ):
-        return False
-    if bias is None:
-        return True
-    if bias.dtype not in FLOATS or not fits(bias, (width,), bias.dtype, device):
-        return False
-    read, read_bytes = bias.data_ptr(), width * bias.itemsize
-    return apart(first, out_bytes, read, read_bytes) and apart(second, out_bytes, read, read_bytes)
-
-
 def _route_out_native(
     logits: Tensor,
     bias: Tensor | None,
     valid: Tensor | None,
     number: int | None,
     config: str,
-    *,
     weights: Tensor,
     experts: Tensor,
     load: Tensor | None,
 ) -> None:
-    if not _is_plain(logits, bias, valid, number, config, weights, experts, load):
-        _check_route_out(logits, bias, valid, number, config, weights=weights, experts=experts, load=load)
+    plain = valid is None and number is None and load is None
+    if not (plain and native.route_at_once(logits, bias, config, weights, experts)):
+        _check_route_out(logits, bias, valid, number, config, weights, experts, load)
         check_out(
             {"out.weights": weights, "out.experts": experts, "out.load": load},
             {"logits": logits, "bias": bias, "num_valid_tokens": valid},
         )
-    native.route(logits, bias, valid, number, config, weights, experts, load)
+        native.route(logits, bias, valid, number, config, weights, experts, load)
     increment_version([weights, experts] if load is None else [weights, experts, load])
 
 
 def _route_out_plain(
-    logits: Tensor, bias: Tensor | None, valid: Tensor | None, number: int | None, config: str, **out: Any
+    logits: Tensor,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    number: int | None,
+    config: str,
+    weights: Tensor,
+    experts: Tensor,
+    load: Tensor | None,
 ) -> None:
-    _check_route_out(logits, bias, valid, number, config, **out)
+    _check_route_out(logits, bias, valid, number, config, weights, experts, load)
     count = np.int32(number) if number is not None else valid
     arguments = {"logits": logits, "bias": bias, "num_valid_tokens": count}
-    options = {"config": config_of(config), "return_load": out["load"] is not None}
-    call(jaxmoe.route, arguments, options, strided=("logits",), out=jaxmoe.Routing(**out))
+    options = {"config": config_of(config), "return_load": load is not None}
+    out: Any = (weights, experts, load)
+    call(jaxmoe.route, arguments, options, strided=("logits",), out=jaxmoe.Routing(*out))
 
 
+# No keywords, here and below: torch takes twice as long to pass them.
 route_out = define(
-    "route_out(Tensor logits, Tensor? bias, Tensor? num_valid_tokens, SymInt? number, str config, *,"
+    "route_out(Tensor logits, Tensor? bias, Tensor? num_valid_tokens, SymInt? number, str config,"
     " Tensor(a!) weights, Tensor(b!) experts, Tensor(c!)? load) -> ()",
     native=_route_out_native,
     plain=_route_out_plain,

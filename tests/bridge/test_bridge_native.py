@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +16,14 @@ import pytest
 import torch
 
 import bridge
-from bridge.native import build, cache, dispatch, experts, routing
+from bridge.native import build, cache, dispatch, driver, experts, routing
 from kernels_pallas.targets import TARGETS, Binary
 
 pytest.importorskip("triton")
 V3 = bridge.presets["deepseek-v3"]
 BINARIES = [
-    Binary("one", b"code of one\n\x00\xff", 32, 0, "PPiP", ("num_rows",)),
-    Binary("two", b"more", 128, 4096, "PP", ()),
+    Binary("one", b"code of one\n\x00\xff", 32, 0, "QQi", "QQiQ", ("num_rows",)),
+    Binary("two", b"more", 128, 4096, "QQ", "QQ", ()),
 ]
 
 
@@ -104,7 +107,7 @@ def test_several_processes_at_once(folder: Path) -> None:
     """Each writes and reads the same entry many times: whatever is read is whole."""
     program = (
         "from bridge.native import cache\nfrom kernels_pallas.targets import Binary\n"
-        "import sys\nb = [Binary('k', bytes([int(sys.argv[1])]) * 200_000, 32, 0, 'P', ())]\nseen = 0\n"
+        "import sys\nb = [Binary('k', bytes([int(sys.argv[1])]) * 200_000, 32, 0, 'Q', 'Q', ())]\nseen = 0\n"
         "for _ in range(60):\n    cache.store('key', b)\n    got = cache.load('key')\n"
         "    assert got and len(set(got[0].code)) == 1 and len(got[0].code) == 200_000\n"
     )
@@ -122,13 +125,12 @@ class Recorder:
         self.binary = binary
 
     def __call__(self, x: int, y: int, *arguments: int) -> None:
-        declared = self.binary.arguments[: len(arguments)]
-        assert set(self.binary.arguments[len(arguments) :]) <= {"P"}, "what is missing is triton's scratch memory"
-        assert len(self.binary.arguments) - len(arguments) <= 2
+        declared = self.binary.own
+        assert len(declared) <= len(self.binary.arguments) <= len(declared) + 2, "triton adds scratch memory"
         sizes = [value for kind, value in zip(declared, arguments, strict=True) if kind == "i"]
         assert len(sizes) == len(self.binary.sizes)
         assert all(0 <= size < 2**31 for size in sizes)
-        assert all(value > 2**20 for kind, value in zip(declared, arguments, strict=True) if kind == "P")
+        assert all(value > 2**20 for kind, value in zip(declared, arguments, strict=True) if kind == "Q")
         assert x > 0
         assert 0 < y < 2**16, "the limit of the grid's second axis"
         self.launches.append((self.binary.name, (x, y)))
@@ -256,3 +258,68 @@ def test_the_key_holds_what_matters() -> None:
     toolchain = build._toolchain()
     assert f"jax {build.jax.__version__}" in toolchain
     assert "triton" in toolchain
+
+
+class FakeDriver:
+    """A driver that reads what a real one would read at a launch."""
+
+    def __init__(self, hip: bool) -> None:
+        self.hip, self.seen, self.failing = hip, [], []
+        pointer, number, status = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
+        cuda = ctypes.CFUNCTYPE(status, pointer, pointer, pointer, pointer)
+        amd = ctypes.CFUNCTYPE(status, pointer, *[number] * 7, pointer, pointer, pointer)
+        self.launch = amd(self.launch_hip) if hip else cuda(self.launch_cuda)
+
+    def load(self, binary: Binary) -> ctypes.c_void_p:
+        return ctypes.c_void_p(0xF00)
+
+    def enter(self, device: int) -> None:
+        self.seen.append("enter")
+
+    def arguments(self, extra: int, end: int) -> bytes:
+        kind, memory, size_kind, size, last = (ctypes.c_void_p * 5).from_address(extra)
+        assert (kind, size_kind, last or 0) == (1, 2, end)
+        return ctypes.string_at(memory, ctypes.c_size_t.from_address(size).value)
+
+    def launch_cuda(self, config: int, function: int, parameters: int | None, extra: int) -> int:
+        *sizes, stream, attributes, count = struct.unpack("@7I4xQQI4x", ctypes.string_at(config, 56))
+        assert (function, parameters, attributes, count) == (0xF00, None, 0, 0)
+        self.seen.append((*sizes, stream, self.arguments(extra, 0)))
+        return self.failing.pop() if self.failing else 0
+
+    def launch_hip(self, function: int, *rest: Any) -> int:
+        *sizes, stream, parameters, extra = rest
+        assert (function, parameters) == (0xF00, None)
+        self.seen.append((*sizes, stream, self.arguments(extra, 3)))
+        return self.failing.pop() if self.failing else 0
+
+    def check(self, status: int, what: str) -> None:
+        raise RuntimeError(f"{what}: {status}")
+
+
+@pytest.mark.parametrize("hip", [False, True], ids=["cuda", "rocm"])
+def test_what_the_driver_is_given(hip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grid, block, shared memory, stream and arguments, laid out as C does; what triton adds is null."""
+    fake = FakeDriver(hip)
+    monkeypatch.setattr(driver, "driver", lambda: fake)
+    monkeypatch.setattr(driver, "_current_device", lambda: 0)
+    monkeypatch.setattr(driver, "_raw_stream", lambda device: 0xABCDEF0123)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    kernel = driver.Kernel(Binary("k", b"", 128, 4096, "QiiQ", "QiiQQ", ("a", "b")), 0)
+    noted: list[Any] = []
+    monkeypatch.setattr(driver, "observers", [lambda *launch: noted.append(launch)])
+    kernel(7, 3, 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020)
+    kernel(1, 1, 1, 2, 3, 4)
+    first, second = fake.seen[1:]
+    assert first[:8] == (7, 3, 1, 128, 1, 1, 4096, 0xABCDEF0123)
+    assert first[8] == struct.pack("@QiiQQ", 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020, 0)
+    assert second[8] == struct.pack("@QiiQQ", 1, 2, 3, 4, 0)
+    assert noted == [("k", (7, 3)), ("k", (1, 1))]
+    fake.failing = [0, 201] if not hip else []
+    kernel(1, 1, 1, 2, 3, 4)
+    assert ("enter" in fake.seen[3:]) == (not hip), "a thread without a context gets one"
+    fake.failing = [1]
+    with pytest.raises(RuntimeError, match="launching k on a grid of 9 by 2: 1"):
+        kernel(9, 2, 1, 2, 3, 4)
+    with pytest.raises(struct.error):
+        kernel(1, 1, 1, 2, 3)
