@@ -1,11 +1,15 @@
-"""jaxmoe on PyTorch tensors, on CPU and GPU, without copies: the names and meanings of jaxmoe, through DLPack.
+"""jaxmoe on PyTorch tensors, on CPU and GPU, without copies: the names and meanings of jaxmoe.
 
-Tensors go to JAX's runtime as views of torch's own memory and results come back as views of JAX's; what cannot be
-viewed is refused, never copied or cast. On a GPU the hand-over is ordered by torch's current stream, as if torch had
-launched the work there: a call sees what that stream held before it, and what follows on the stream sees the call's
-results. Gradients flow through torch's autograd.
+Two paths, one meaning. On GPU tensors the Pallas kernels are launched natively, on torch's current stream, as torch ops
+(`torch.ops.jaxmoe`): they can be captured in CUDA graphs and compiled by torch.compile, and one compilation serves every
+number of tokens. `implementation=None` takes this path there, "native" insists on it.
 
-A call costs about 0.9 ms of host time on a GPU machine and cannot be captured in a CUDA graph.
+Everywhere else, and where another implementation is asked for by name, a call goes through JAX's runtime: tensors as
+views of torch's own memory (DLPack) and results as views of JAX's; what cannot be viewed is refused, never copied or
+cast. On a GPU the hand-over is ordered by torch's current stream. Such a call costs about 0.9 ms of host time on a GPU
+machine and cannot be captured in a CUDA graph.
+
+Gradients flow through torch's autograd on both.
 
 Example:
   >>> import torch, bridge

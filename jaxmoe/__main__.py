@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": ("jaxmoe.command.info", "devices, versions, and which implementation each function uses here, and why"),
     "targets": ("jaxmoe.command.targets", "compiles every kernel for every GPU target; no GPU needed"),
+    "audit": ("bridge.audit", "what one MoE forward pass launches, beside transformers' own; needs jaxmoe[torch]"),
     "demo": ("bridge.demo", "trains a small model on real text, then runs it from PyTorch; needs jaxmoe[torch,demo]"),
     "bench": ("benchmarks.bench", "timings on this machine, with peers where they are installed"),
 }

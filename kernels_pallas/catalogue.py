@@ -16,10 +16,13 @@ import jax.numpy as jnp
 from kernels_pallas.combine import combine, combine_weight_grad
 from kernels_pallas.count import count_load
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.grouped_matmul import gated_matmul, grouped_matmul
+from kernels_pallas.grouped_matmul_grad import grouped_outer
 from kernels_pallas.plan_dispatch import num_rows, plan_dispatch
 from kernels_pallas.route import Rule, route
 from kernels_pallas.route_grad import route_grad
 from kernels_pallas.router_logits import router_logits
+from kernels_pallas.router_logits_grad import router_logits_grad_weight, router_logits_grad_x
 from kernels_pallas.targets import TARGETS, Lowered, lower
 
 BF16, F16, F32, I32 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32
@@ -158,6 +161,42 @@ def _logits(name: str, x: Any, weight: Any, tokens: int, experts: int = 256, wid
     return Entry(f"router_logits {name}", ("router_logits",), router_logits, args)
 
 
+def _grouped(
+    name: str,
+    dtype: Any,
+    rows: int,
+    experts: int,
+    depth: int = 7168,
+    width: int = 4096,
+    *,
+    transposed: bool = False,
+    activation: str | None = None,
+    keep: bool = False,
+) -> Entry:
+    """With an activation, `width` is that of gate and up together."""
+    weight = (experts, width, depth) if transposed else (experts, depth, width)
+    args = (_shape(dtype, rows, depth), _shape(dtype, *weight), _shape(I32, experts))
+    if activation is None:
+        fn: Callable[..., Any] = functools.partial(grouped_matmul, transposed=transposed)
+        return Entry(f"grouped_matmul {name}", ("grouped_matmul",), fn, args)
+    fn = functools.partial(gated_matmul, transposed=transposed, activation=activation, keep=keep)
+    return Entry(f"gated_matmul {name}", ("gated_matmul",), fn, args)
+
+
+def _outer(name: str, dtype: Any, rows: int, experts: int, left: int = 7168, right: int = 4096) -> Entry:
+    args = (_shape(dtype, rows, left), _shape(dtype, rows, right), _shape(I32, experts))
+    return Entry(f"grouped_outer {name}", ("grouped_outer",), grouped_outer, args)
+
+
+def _logits_grads(name: str, x: Any, weight: Any, tokens: int, experts: int = 256, width: int = 7168) -> Entry:
+    def fn(grad: Any, x: Any, weight: Any, target: str) -> Any:
+        dx = router_logits_grad_x(grad, weight, dtype=x.dtype, target=target)
+        return dx, router_logits_grad_weight(grad, x, dtype=weight.dtype, target=target)
+
+    args = (_shape(F32, tokens, experts), _shape(x, tokens, width), _shape(weight, experts, width))
+    return Entry(f"router_logits_grad {name}", ("router_logits_grad_x", "router_logits_grad_weight"), fn, args)
+
+
 LONG = 37_450  # tokens: 8 rows of 7168 for each are just above 2**31 elements, past 32-bit offsets
 _GROUPED = _rule(256, 8, groups=(8, 4), shared=1)
 _SOFTMAX_ALL = _rule(160, 6, "softmax", groups=(8, 3), group_score="max", renormalize=False, shared=2)
@@ -200,4 +239,16 @@ CATALOGUE: tuple[Entry, ...] = (
     _logits("bfloat16, few tokens", BF16, BF16, 8),
     _logits("bfloat16 by float32", BF16, F32, 4096),
     _logits("float32, ragged sizes", F32, F32, 77, 60, 1000),
+    _logits_grads("bfloat16 by float32", BF16, F32, 4096),
+    _logits_grads("ragged sizes", F32, BF16, 77, 60, 1000),
+    _grouped("bfloat16", BF16, 32768, 32),
+    _grouped("bfloat16, few rows, weights over 2**32 bytes", BF16, 512, 256),
+    _grouped("float16, middling, transposed", F16, 1024, 32, 2048, 7168, transposed=True),
+    _grouped("bfloat16, ragged sizes", BF16, 777, 7, 1001, 333),
+    _grouped("float32, ragged sizes", F32, 777, 7, 1001, 333),
+    _grouped("silu, bfloat16, kept", BF16, 32768, 32, activation="silu", keep=True),
+    _grouped("gelu_tanh, bfloat16, few rows, transposed", BF16, 512, 256, transposed=True, activation="gelu_tanh"),
+    _grouped("gelu, float32, ragged sizes", F32, 777, 7, 1001, 666, activation="gelu"),
+    _outer("bfloat16", BF16, 32768, 32),
+    _outer("float32, ragged sizes", F32, 777, 7, 1001, 333),
 )

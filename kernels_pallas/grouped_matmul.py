@@ -166,7 +166,7 @@ def _kernel(
 
             return tuple(add(part, total) for part, total in enumerate(totals))
 
-        zeros = (jnp.zeros((m, n), jnp.float32),) * (1 if activation is None else 2)  # of the gate, and going up
+        zeros = (jnp.zeros((m, n), jnp.float32),) * (1 if activation is None else 2)  # the gate's and up's
         steps = has_expert.astype(jnp.int32) * pl.cdiv(depth, k)
         totals = jax.lax.fori_loop(0, steps, step, zeros)
 

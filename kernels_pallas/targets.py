@@ -186,6 +186,25 @@ def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run
     return found
 
 
+def _simplified(path: Path, gpu: Any, options: dict[str, Any]) -> str:
+    """The Triton IR after triton's own passes over it, which `triton.compile` leaves out for IR that comes in a file.
+
+    One of them makes dot(a, b, total) of Pallas' total + dot(a, b, 0): without it tensor cores wait for each product.
+    """
+    from triton._C.libtriton import ir as triton_ir
+    from triton.backends.compiler import Language
+    from triton.compiler.compiler import make_backend
+
+    backend, context = make_backend(gpu), triton_ir.context()
+    triton_ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = triton_ir.parse_mlir_module(str(path), context)
+    module.context = context
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, backend.parse_options(dict(options)), Language.TRITON)
+    return str(stages["ttir"](module, {}))
+
+
 def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any:
     """Compiles for `target` with the installed triton, GPU or not; returns triton's compiled kernel.
 
@@ -202,6 +221,7 @@ def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kernel.name}.ttir"
         path.write_text(kernel.ttir)
+        path.write_text(_simplified(path, gpu, options))
         compiled = triton.compile(str(path), target=gpu, options=options)
     if compiled.metadata.shared > t.shared_bytes:
         raise RuntimeError(
