@@ -155,7 +155,7 @@ def _name(dtype: torch.dtype) -> str:
 def _profile(run: Forward) -> tuple[Counter[str], Counter[str]]:
     """(kernels, memcpy and memset) that `run` has the GPU do, as torch.profiler sees them."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
