@@ -1,0 +1,146 @@
+"""The MoE layer in JAX: on the Pallas kernels, on `jax.lax.ragged_dot`, and the same layer in torch.
+
+    python -m benchmarks.jax_layer [--output results.json]
+
+DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are of many
+calls in a row, divided, on the device's own clock for torch and on the host's for JAX (the calls are far longer than
+what the host does for them). The torch layer is plain glue around `torch._grouped_mm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import jaxmoe
+
+WIDTH, INNER, EXPERTS, TOP_K = 7168, 2048, 32, 8
+CONFIG = jaxmoe.RoutingConfig(num_experts=EXPERTS, top_k=TOP_K, routed_scaling_factor=2.5)
+
+
+def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
+    make = lambda i, *shape: (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) * scale).astype(jnp.bfloat16)
+    return jaxmoe.MoEParams(
+        router=make(0, EXPERTS, WIDTH),
+        bias=jnp.zeros(EXPERTS),
+        gate_up=make(1, EXPERTS, WIDTH, 2 * INNER),
+        down=make(2, EXPERTS, INNER, WIDTH),
+    )
+
+
+def _milliseconds(call: Callable[[], Any], calls: int) -> float:
+    jax.block_until_ready(call())
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def in_jax(tokens: int, implementation: str, calls: int) -> dict[str, float]:
+    """Milliseconds of a forward pass, and of one with the gradients of x and of every parameter."""
+    params, x = _params(), jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
+    forward = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation=implementation)[0])
+
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def loss(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array) -> jax.Array:
+        router, gate_up, down = weights
+        full = jaxmoe.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down)
+        return jnp.sum(jaxmoe.moe(x, full, CONFIG, implementation=implementation)[0].astype(jnp.float32) ** 2)
+
+    both, weights = jax.jit(loss), (params.router, params.gate_up, params.down)
+    times = {"forward": _milliseconds(lambda: forward(x, params), calls)}
+    times["forward and backward"] = _milliseconds(lambda: both(x, weights, params.bias), max(2, calls // 2))
+    memory = both.lower(x, weights, params.bias).compile().memory_analysis()
+    times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
+    return times
+
+
+def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
+    """The same of a torch layer, and its result."""
+    params = _params()
+    copy = lambda a: torch.from_dlpack(a).clone().requires_grad_()
+    router, gate_up, down = copy(params.router), copy(params.gate_up), copy(params.down)
+    x = torch.from_dlpack(jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)).clone().requires_grad_()
+
+    def forward() -> torch.Tensor:
+        scores = (x.float() @ router.float().T).sigmoid()
+        weights, ids = scores.topk(TOP_K, dim=1)
+        weights = 2.5 * weights / weights.sum(dim=1, keepdim=True)
+        order = ids.flatten().argsort(stable=True)
+        offsets = ids.flatten().bincount(minlength=EXPERTS).cumsum(0).int()
+        gate, up = torch._grouped_mm(x[order // TOP_K], gate_up, offs=offsets).chunk(2, dim=1)
+        rows = torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, offs=offsets)
+        rows = rows * weights.flatten()[order, None].to(rows.dtype)
+        return torch.zeros_like(x).index_add(0, order // TOP_K, rows)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(forward().float().square().sum(), (x, router, gate_up, down))
+
+    def timed(call: Callable[[], Any], calls: int) -> float:
+        call()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    with torch.no_grad():
+        times, y = {"forward": timed(forward, calls)}, forward()
+    times["forward and backward"] = timed(both, max(2, calls // 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    times["peak GB beyond arguments"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return times, y
+
+
+def measure(tokens: int, *, with_xla: bool) -> dict[str, Any]:
+    """All of it at one number of tokens; the layers' results are compared first."""
+    calls = 20 if tokens <= 512 else 8
+    results: dict[str, Any] = {"torch": None}
+    results["torch"], y = in_torch(tokens, calls)
+    x = jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
+    ours = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation="pallas")[0])(x, _params())
+    got, want = np.asarray(ours.astype(jnp.float32)), y.float().cpu().numpy()
+    error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    if not error < 0.02:
+        raise AssertionError(f"the layers differ by {error:.1%}: nothing is timed")
+    results["relative difference"] = error
+    results["jaxmoe, pallas"] = in_jax(tokens, "pallas", calls)
+    if with_xla:
+        results["jaxmoe, xla (ragged_dot)"] = in_jax(tokens, "xla", 2)
+    return results
+
+
+def main() -> None:
+    """Prints the figures; with --output writes them too."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 4096])
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    arguments = parser.parse_args()
+    results = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        "tokens": {str(tokens): measure(tokens, with_xla=True) for tokens in arguments.tokens},
+    }
+    print(json.dumps(results, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
