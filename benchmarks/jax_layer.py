@@ -48,7 +48,7 @@ def _milliseconds(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e3
 
 
-def in_jax(tokens: int, implementation: str, calls: int) -> dict[str, float]:
+def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool = False) -> dict[str, float]:
     """Milliseconds of a forward pass, and of one with the gradients of x and of every parameter."""
     params, x = _params(), jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
     forward = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation=implementation)[0])
@@ -61,6 +61,8 @@ def in_jax(tokens: int, implementation: str, calls: int) -> dict[str, float]:
 
     both, weights = jax.jit(loss), (params.router, params.gate_up, params.down)
     times = {"forward": _milliseconds(lambda: forward(x, params), calls)}
+    if forward_only:
+        return times
     times["forward and backward"] = _milliseconds(lambda: both(x, weights, params.bias), max(2, calls // 2))
     memory = both.lower(x, weights, params.bias).compile().memory_analysis()
     times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
@@ -122,7 +124,12 @@ def measure(tokens: int, *, with_xla: bool) -> dict[str, Any]:
     results["relative difference"] = error
     results["jaxmoe, pallas"] = in_jax(tokens, "pallas", calls)
     if with_xla:
-        results["jaxmoe, xla (ragged_dot)"] = in_jax(tokens, "xla", 2)
+        try:
+            name = "jaxmoe, xla (ragged_dot)"
+            results[name] = in_jax(tokens, "xla", 2, forward_only=True)
+            results[name] = in_jax(tokens, "xla", 2)
+        except jax.errors.JaxRuntimeError as error:  # its gradient takes tens of gigabytes
+            results[name] = {**results.get(name, {}), "failed": str(error)[:200]}
     return results
 
 

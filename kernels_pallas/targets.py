@@ -5,7 +5,7 @@
 
 Lowering asks jax for a device of that kind (an abstract one); compiling is the work of the `triton` package, which
 carries the compilers of both vendors. Private names of jax stand in this file and nowhere else: the Triton dialect that
-decodes Pallas' bytecode and, before jax 0.11.1, the name of Pallas' custom call. Tried with jax 0.10.2, 0.11.2 and
+decodes Pallas' bytecode, a CPU client of one's own and, before jax 0.11.1, the name of Pallas' custom call. Tried with jax 0.10.2, 0.11.2 and
 0.12.0.1, triton 3.6, 3.7.1 and 3.9.0.
 """
 
@@ -150,6 +150,16 @@ def _as_numbers(ttir: str, first: int, count: int) -> str:
     return ttir
 
 
+@functools.cache
+def _host() -> Any:
+    """A CPU device of its own. jax asks for some device even to lower for an abstract one, and would start all of its
+    backends, the GPU's with most of the GPU's memory. (Before jax 0.11 Pallas does that nevertheless.)
+    """
+    from jaxlib import xla_client
+
+    return xla_client.make_cpu_client().devices()[0]
+
+
 def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run_time: bool = False) -> list[Lowered]:
     """The kernels that `jax.jit(fn)(*args)` launches on `target`, in order. `args` may be shapes (ShapeDtypeStruct).
 
@@ -159,7 +169,8 @@ def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run
     device = jax.sharding.AbstractDevice(device_kind=t.device_kind, platform=t.platform, num_cores=None)
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     sizes: list[tuple[int, tuple[str, ...]]] = []
-    with jax.sharding.use_abstract_mesh(mesh), runtime_sizes() if sizes_at_run_time else nullcontext(sizes) as sizes:
+    reading = runtime_sizes() if sizes_at_run_time else nullcontext(sizes)
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_device(_host()), reading as sizes:
         traced = jax.jit(lambda *args: fn(*args)).trace(*args)  # a function of its own: jax remembers what it traced
         lowered = traced.lower(lowering_platforms=(t.platform,))
     found: list[Lowered] = []

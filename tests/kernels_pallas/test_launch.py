@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,6 +91,12 @@ def _shifted(x: jax.Array) -> Any:
     return launch(kernel, x, name="shifted", grid=(1,), out_shape=[shape], num_warps=1, sizes={"by": 3})
 
 
+ROOT = Path(__file__).parents[2]
+SHIFTED = "from typing import Any\nfrom kernels_pallas.launch import iota, launch, load, store\n" + inspect.getsource(
+    _shifted
+)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_size_becomes_a_number(target: str) -> None:
     (kernel,) = lower(_shifted, jax.ShapeDtypeStruct((64,), jnp.float32), target=target, sizes_at_run_time=True)
@@ -122,3 +132,19 @@ def test_targets_of_other_devices() -> None:
     for name in ("sm_75", "gfx90a", "gfx1100"):
         with pytest.raises(ValueError, match=f"target: expected one of .* got '{name}'"):
             target_for(name)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="before jax 0.11 Pallas itself starts every backend")
+def test_lowering_starts_no_backend() -> None:
+    """JAX would take most of a GPU's memory from a torch user who never called it, or break a capture under way."""
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from jax._src import xla_bridge\n"
+        f"{SHIFTED}"
+        "from kernels_pallas.targets import lower\n"
+        "assert not xla_bridge.backends_are_initialized(), 'started by an import'\n"
+        "lower(_shifted, jax.ShapeDtypeStruct((64,), jnp.float32), target='sm_90', sizes_at_run_time=True)\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
