@@ -64,7 +64,7 @@ def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool =
     if forward_only:
         return times
     times["forward and backward"] = _milliseconds(lambda: both(x, weights, params.bias), max(2, calls // 2))
-    memory = both.lower(x, weights, params.bias).compile().memory_analysis()
+    memory: Any = both.lower(x, weights, params.bias).compile().memory_analysis()
     times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
     return times
 

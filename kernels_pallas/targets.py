@@ -5,8 +5,8 @@
 
 Lowering asks jax for a device of that kind (an abstract one); compiling is the work of the `triton` package, which
 carries the compilers of both vendors. Private names of jax stand in this file and nowhere else: the Triton dialect that
-decodes Pallas' bytecode, a CPU client of one's own and, before jax 0.11.1, the name of Pallas' custom call. Tried with jax 0.10.2, 0.11.2 and
-0.12.0.1, triton 3.6, 3.7.1 and 3.9.0.
+decodes Pallas' bytecode, a CPU client of one's own and, before jax 0.11.1, the name of Pallas' custom call. Of triton:
+the passes that `triton.compile` leaves out. Tried with jax 0.10.2, 0.11.2 and 0.12.0.1, triton 3.6, 3.7.1 and 3.9.0.
 """
 
 from __future__ import annotations
@@ -152,8 +152,10 @@ def _as_numbers(ttir: str, first: int, count: int) -> str:
 
 @functools.cache
 def _host() -> Any:
-    """A CPU device of its own. jax asks for some device even to lower for an abstract one, and would start all of its
-    backends, the GPU's with most of the GPU's memory. (Before jax 0.11 Pallas does that nevertheless.)
+    """A CPU device of its own.
+
+    jax asks for some device even to lower for an abstract one, and would start all of its backends, the GPU's with most
+    of the GPU's memory. (Before jax 0.11 Pallas does that nevertheless.)
     """
     from jaxlib import xla_client
 
