@@ -159,7 +159,8 @@ def _host() -> Any:
     """
     from jaxlib import xla_client
 
-    return xla_client.make_cpu_client().devices()[0]
+    client: Any = xla_client.make_cpu_client()
+    return client.devices()[0]
 
 
 def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run_time: bool = False) -> list[Lowered]:
