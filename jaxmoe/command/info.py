@@ -16,6 +16,10 @@ PACKAGES = ("jax", "jaxlib", "numpy", "triton", "torch", "transformers")  # read
 WITH_KERNELS = ("router_logits", "route", "plan_dispatch", "dispatch", "experts", "grouped_matmul", "combine")
 WITHOUT = {
     "update_bias": "a few elementwise operations: left to XLA",
+    "switch_loss": "a softmax and sums: left to XLA",
+    "sequence_balance_loss": "a softmax and sums: left to XLA",
+    "load_hf_moe": "copies on the host",
+    "export_hf_moe": "copies on the host",
 }
 
 
@@ -41,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     chosen, why = default_implementation()
     print("functions, with implementation=None on arrays of the first device")
     for name in WITH_KERNELS:
-        print(f"  {name:15}{chosen:8}{why}")
-    print(f"  {'moe':15}{chosen:8}made of those above")
+        print(f"  {name:23}{chosen:8}{why}")
+    print(f"  {'moe':23}{chosen:8}made of those above")
     for name, reason in WITHOUT.items():
-        print(f"  {name:15}{'xla':8}{reason}")
+        print(f"  {name:23}{'xla':8}{reason}")
     return 0
