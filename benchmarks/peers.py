@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from bridge import RoutingConfig
+
 SIGMOID = 1  # vLLM's number for it
+Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @functools.cache
@@ -35,62 +38,131 @@ def flashinfer() -> Callable[..., None] | None:
     return fused_topk_deepseek
 
 
-def versions() -> dict[str, str]:
-    """The versions of the peers that are here, for the record; kernels without package data have none."""
-    found: dict[str, str] = {}
-    for name, package, present in (
-        ("vllm", "vllm", vllm() is not None),
-        ("flashinfer", "flashinfer-python", flashinfer() is not None),
-    ):
-        try:
-            found |= {name: importlib.metadata.version(package)} if present else {}
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "(see the note)"
-    return found
+def found() -> dict[str, str]:
+    """What became of each peer, for the record: its version, that it is not here, or why it does not load."""
+    return {
+        name: _found(package, load)
+        for name, package, load in (("vllm", "vllm", vllm), ("flashinfer", "flashinfer-python", flashinfer))
+    }
+
+
+def _found(package: str, load: Callable[[], Any]) -> str:
+    try:
+        if load() is None:
+            return "not installed"
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # kernels alone, without the package's data
+        return "(see the note)"
+    except Exception as error:  # whatever its import may raise: the others are timed all the same
+        return f"does not load: {type(error).__name__}: {error}"
+
+
+def routing(config: RoutingConfig, tokens: int, bias: torch.Tensor | None, *, jit: bool) -> dict[str, Route]:
+    """The peers' kernels that serve this routing; whether FlashInfer's, which is built at first use, says `jit`."""
+    routes: dict[str, Route] = {}
+    k, scale, groups = config.top_k, config.routed_scaling_factor, (config.n_group, config.topk_group)
+    sigmoid = config.scoring_func == "sigmoid"
+    if ops := loaded(vllm):
+        if sigmoid and bias is not None:
+            routes["vLLM grouped_topk"] = lambda logits: ops.grouped_topk(
+                logits, *groups, k, config.renormalize, scale, bias, SIGMOID
+            )
+        if config.n_group == 1 and (sigmoid or scale == 1):
+            routes["vLLM topk_sigmoid" if sigmoid else "vLLM topk_softmax"] = _vllm_topk(ops, config, tokens, bias)
+    if jit and sigmoid and config.renormalize and bias is not None and (fused := loaded(flashinfer)):
+        bias16 = bias.bfloat16()
+        weights = torch.full((tokens, k), float("nan"), device=bias.device, dtype=torch.bfloat16)
+        ids = torch.full((tokens, k), -7, device=bias.device, dtype=torch.int32)
+
+        def run(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            fused(logits, bias16, *groups, k, scale, weights, ids)
+            return weights, ids
+
+        routes["FlashInfer fused_topk_deepseek"] = run
+    return routes
+
+
+def loaded(load: Callable[[], Any]) -> Any | None:
+    """What `load` gives; None where it fails, which `found` has recorded."""
+    try:
+        return load()
+    except Exception:
+        return None
+
+
+def _vllm_topk(ops: Any, config: RoutingConfig, tokens: int, bias: torch.Tensor | None) -> Route:
+    """vLLM's top-k without groups, into tensors that are there."""
+
+    def run(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = logits.new_empty(tokens, config.top_k, dtype=torch.float32)
+        ids, scratch = (logits.new_empty(tokens, config.top_k, dtype=torch.int32) for _ in range(2))
+        if config.scoring_func == "sigmoid":
+            scale = config.routed_scaling_factor
+            ops.topk_sigmoid(weights, ids, scratch, logits, config.renormalize, bias, scale, None)
+        else:
+            ops.topk_softmax(weights, ids, scratch, logits, config.renormalize, bias, None)
+        return weights, ids
+
+    return run
 
 
 class Permute:
-    """vLLM's moe_permute into buffers made once (its scratch memory it allocates itself)."""
+    """vLLM's moe_permute and moe_unpermute, with buffers made once (scratch memory they allocate themselves)."""
 
-    def __init__(self, x: torch.Tensor, experts: torch.Tensor, num_experts: int) -> None:
-        self.x, self.experts, self.num_experts = x, experts, num_experts
-        tokens, top_k = experts.shape
-        make = functools.partial(torch.empty, device=x.device)
-        self.indices = torch.arange(tokens * top_k, dtype=torch.int32, device=x.device).reshape(tokens, top_k)
-        self.out = make(tokens * top_k, x.shape[1], dtype=x.dtype)
+    def __init__(self, out: torch.Tensor, top_k: int, num_experts: int) -> None:
+        """`out`: [T * top_k, H], what the tokens are permuted into."""
+        make = functools.partial(torch.empty, device=out.device)
+        self.ops, self.out, self.top_k, self.num_experts = vllm(), out, top_k, num_experts
+        self.indices = torch.arange(len(out), dtype=torch.int32, device=out.device).reshape(-1, top_k)
         self.offsets = make(num_experts + 1, dtype=torch.int64)
-        self.inverse = make((tokens, top_k), dtype=torch.int32)
-        self.permuted = make(tokens * top_k, dtype=torch.int32)
+        self.inverse = make((len(out) // top_k, top_k), dtype=torch.int32)
+        self.permuted = make(len(out), dtype=torch.int32)
 
-    def __call__(self) -> None:
-        ops = vllm()
-        assert ops is not None
-        ops.moe_permute(
-            self.x,
-            self.experts,
-            self.indices,
-            None,
-            self.num_experts,
-            self.num_experts,
-            self.experts.shape[1],
-            self.out,
-            self.offsets,
-            self.inverse,
-            self.permuted,
-        )
+    def __call__(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The rows in the order of their experts."""
+        assert self.ops is not None
+        number, results = self.num_experts, (self.out, self.offsets, self.inverse, self.permuted)
+        self.ops.moe_permute(x, experts, self.indices, None, number, number, self.top_k, *results)
+        return self.out
 
-    def unpermute(self, weights: torch.Tensor, out: torch.Tensor) -> None:
-        ops = vllm()
-        assert ops is not None
-        ops.moe_unpermute(self.out, weights, self.inverse, self.offsets, self.experts.shape[1], out)
+    def set_maps(self, rows: torch.Tensor, group_sizes: torch.Tensor) -> None:
+        """The maps that permuting leaves for `unpermute`, from a plan: `rows` [T, top_k], `group_sizes` [E]."""
+        self.inverse.copy_(rows)
+        self.offsets.zero_()
+        torch.cumsum(group_sizes, 0, out=self.offsets[1:])
+
+    def unpermute(self, rows: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The weighted sums of the rows, in the order of the tokens that were permuted last."""
+        assert self.ops is not None
+        self.ops.moe_unpermute(rows, weights, self.inverse, self.offsets, self.top_k, out)
+        return out
+
+
+class Align:
+    """vLLM's moe_align_block_size into buffers made once."""
+
+    def __init__(self, experts: torch.Tensor, block: int, num_experts: int) -> None:
+        pairs = experts.numel()
+        length = pairs + num_experts * (block - 1)
+        if pairs < num_experts:
+            length = min(length, pairs * block)
+        make = functools.partial(experts.new_empty, dtype=torch.int32)
+        self.ops, self.experts, self.block, self.num_experts = vllm(), experts, block, num_experts
+        self.results = make(length), make(-(-length // block)), make(1)
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        """(sorted_token_ids, expert_ids, num_tokens_post_padded)."""
+        assert self.ops is not None
+        self.ops.moe_align_block_size(self.experts, self.num_experts, self.block, *self.results, None)
+        return self.results
 
 
 def routing_calls(logits: torch.Tensor, bias: torch.Tensor) -> dict[str, Callable[[], Any]]:
     """The peers' routing of DeepSeek-V3, called as their users call it."""
     calls: dict[str, Callable[[], Any]] = {}
-    if ops := vllm():
+    if ops := loaded(vllm):
         calls["vLLM grouped_topk"] = lambda: ops.grouped_topk(logits, 8, 4, 8, True, 2.5, bias, SIGMOID)
-    if fused := flashinfer():
+    if fused := loaded(flashinfer):
         weights = torch.empty(len(logits), 8, device=logits.device)
         experts = torch.empty(len(logits), 8, device=logits.device, dtype=torch.int32)
         calls["FlashInfer fused_topk_deepseek"] = lambda: fused(logits, bias, 8, 4, 8, 2.5, weights, experts)

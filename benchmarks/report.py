@@ -1,71 +1,136 @@
-"""`python -m benchmarks.report RESULT.json`: the README's table and picture, from a file that `bench` wrote."""
+"""`python -m benchmarks.report RESULT.json`: README's table, the pictures, and all figures beside the file."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pictures, record
+
 ROOT = Path(__file__).parent.parent
-PICTURE = ROOT / "docs" / "performance.png"
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"
-PANELS = ("route deepseek-v3", "route kimi-k2", "plan + dispatch", "combine")
+# README's rows and columns; those that were not measured are left out.
+SHOWN = (
+    "route deepseek-v3",
+    "route kimi-k2",
+    "route deepseek-v2",
+    "route qwen3-next",
+    "router logits",
+    "plan + dispatch",
+    "align 64",
+    "combine",
+    "step deepseek-v3",
+    "layer",
+)
+COLUMNS = (1, 64, 512, 4096, 40960)
 
 
-def table(data: dict[str, Any]) -> str:
-    """The results as a Markdown table: ours, the floor, and each peer with its time over ours."""
+def conditions(data: record.Data) -> list[str]:
+    """What the figures were measured on and how, as lines of Markdown."""
     machine = data["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     copy, empty = machine["copy_bytes_per_second"] / 1e12, machine["empty_launch_us"]
-    lines = [
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in data["runs"]))
+    floor = f"Floor: bytes over the card's measured copy bandwidth ({copy:.2f} TB/s)"
+    if "matmul_flops_per_second" in machine:
+        floor += f", operations over that of its bfloat16 product ({machine['matmul_flops_per_second'] / 1e12:.0f} "
+        floor += "TFLOP/s)"
+    floor += f", or an empty launch ({empty:.2f}), whichever is more."
+    return [
         f"{machine['gpu']}, driver {machine['driver']}, {versions}; {machine['note']}.",
-        f"Commit {machine['commit']}, {machine['date'][:10]}.",
-        "Microseconds a call, medians inside a CUDA graph, inputs rotated. Floor: bytes over the card's measured copy",
-        f"bandwidth ({copy:.2f} TB/s), or an empty launch ({empty:.2f}) where that is more.",
-        "",
-        "| operation | tokens | jaxmoe | floor | peers (their time over ours) |",
-        "|---|---:|---:|---:|---|",
+        f"Commit {commits}, {machine['date'][:10]}.",
+        f"Microseconds a call, medians inside a CUDA graph, inputs rotated. {floor}",
     ]
-    for r in data["results"]:
-        ours = r["jaxmoe"]["p50"]
-        peers = ", ".join(f"{name} {t['p50']:.1f} ({t['p50'] / ours:.2f}x)" for name, t in r["peers"].items())
-        lines.append(f"| {r['operation']} | {r['tokens']} | {ours:.2f} | {r['floor_us']:.2f} | {peers} |")
+
+
+def table(data: record.Data) -> str:
+    """A selection for README: our time, and what the fastest peer's is of it."""
+    measured = record.operations(data)
+    chosen = {name: measured[name] for name in SHOWN if name in measured}
+    columns = [tokens for tokens in COLUMNS if any(r["tokens"] == tokens for found in chosen.values() for r in found)]
+    lines = [
+        *conditions(data),
+        "In parentheses how many times as long the fastest of the peers takes.",
+        "",
+        f"| tokens | {' | '.join(f'{tokens:,}' for tokens in columns)} | peers |",
+        f"|---|{'---:|' * len(columns)}---|",
+    ]
+    for name, found in chosen.items():
+        cells = {r["tokens"]: _cell(r) for r in found}
+        peers = ", ".join(dict.fromkeys(peer for r in found for peer in r["peers"]))
+        lines.append(f"| {name} | {' | '.join(cells.get(tokens, '') for tokens in columns)} | {peers} |")
     return "\n".join(lines)
 
 
-def draw(data: dict[str, Any], target: Path) -> None:
-    """Time over tokens: ours, the peers', and the floor."""
-    from matplotlib.figure import Figure
+def _cell(r: record.Data) -> str:
+    ours, best = r["jaxmoe"]["p50"], record.best_peer(r)
+    shown = f"{ours:.{2 if ours < 10 else 1 if ours < 100 else 0}f}"
+    return shown if best is None else f"{shown} ({best[1] / ours:.2f}x)"
 
-    figure = Figure(figsize=(15, 3.9), layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    colors = {"jaxmoe": "#0b6e4f", "FlashInfer": "#c77d0a"}
-    for axis, panel in zip(axes, PANELS, strict=True):
-        records = [r for r in data["results"] if r["operation"] == panel]
-        tokens = [r["tokens"] for r in records]
-        for peer in sorted({name for r in records for name in r["peers"]}):
-            here = [(r["tokens"], r["peers"][peer]["p50"]) for r in records if peer in r["peers"]]
-            axis.plot(*zip(*here, strict=True), marker="o", ms=4, color=colors.get(peer, "#7a3e9d"), label=peer)
-        ours = [r["jaxmoe"]["p50"] for r in records]
-        axis.plot(tokens, ours, marker="o", ms=5, lw=2.4, color=colors["jaxmoe"], label="jaxmoe")
-        axis.plot(tokens, [r["floor_us"] for r in records], ls="--", color="0.45", label="floor")
-        axis.set(xscale="log", yscale="log", title=panel, xlabel="tokens")
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("microseconds a call")
-    machine = data["machine"]
-    figure.suptitle(f"{machine['gpu']}, medians inside a CUDA graph, {machine['date'][:10]}", fontsize=10)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=100)
+
+def everything(data: record.Data) -> str:
+    """All figures as Markdown: each operation at each size, the floor, each peer with its time over ours."""
+    lines = [
+        "Written by `python -m benchmarks.report`.",
+        "",
+        *conditions(data),
+        "",
+        "| operation | tokens | jaxmoe (p20 to p80) | floor | peers (their time over ours) | not timed |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for found in record.operations(data).values():
+        for r in found:
+            ours = r["jaxmoe"]
+            shown = f"{ours['p50']:.2f} ({ours['p20']:.2f} to {ours['p80']:.2f})"
+            rate = f", {ours['tflops']:.0f} TFLOP/s" if "tflops" in ours else ""
+            peers = [f"{name} {t['p50']:.2f} ({t['p50'] / ours['p50']:.2f}x)" for name, t in r["peers"].items()]
+            missing = "; ".join(f"{name}: {why}" for name, why in r.get("missing", {}).items()).replace("|", "/")
+            cells = (r["operation"], r["tokens"], shown + rate, f"{r['floor_us']:.2f}", ", ".join(peers), missing)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    if wrong := [r for r in data["results"] if "error" in r]:
+        lines += ["", "Not timed:", *(f"* {r['operation']} at {r['tokens']} tokens: {r['error']}" for r in wrong)]
+    if growth := list(_growth(data)):
+        lines += ["", f"Cost from {pictures.LINEAR_FROM} tokens on, as a straight line through the medians:", *growth]
+    for kind in ("host", "huggingface"):
+        if kind in data:
+            lines += ["", f"## {kind}", "", *section(data[kind])]
+    return "\n".join(lines) + "\n"
+
+
+def _growth(data: record.Data) -> list[str]:
+    lines = []
+    for name, found in record.operations(data).items():
+        if line := pictures.straight_line(found):
+            start, slope, deviation = line
+            lines.append(f"* {name}: {start:.1f} + {slope * 1000:.3f} per 1,000 tokens, at most {deviation:.1%} off")
+    return lines
+
+
+def section(values: dict[str, Any]) -> list[str]:
+    """What `host` or `huggingface` measured, a line each; of timings the median."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+            lines += [f"* {name}", *(f"  {line}" for line in section(value))]
+        elif isinstance(value, dict) and "p50" in value:
+            lines.append(f"* {name}: {value['p50']:.1f}")
+        else:
+            lines.append(f"* {name}: {value}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draws the picture and puts the table between the README's marks."""
+    """Draws the pictures, puts the table between README's marks, and writes everything beside the file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("result", type=Path, help="a JSON file that `python -m jaxmoe bench` wrote")
-    data = json.loads(parser.parse_args(argv).result.read_text())
-    draw(data, PICTURE)
+    path = parser.parse_args(argv).result
+    data = record.load(path)
+    DOCS.mkdir(parents=True, exist_ok=True)
+    pictures.draw_times(data, DOCS / "performance.png")
+    pictures.draw_ratios(data, DOCS / "ratios.png")
+    path.with_name("table.md").write_text(everything(data))
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END, 1)[1]

@@ -1,9 +1,10 @@
-"""Device time of a call: CUDA graphs of many calls, replayed; and what the card can copy."""
+"""Device time of a call: CUDA graphs of many calls, replayed; and what the card can copy and multiply."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,32 +19,62 @@ class Timing:
     p80: float
 
 
-def time_graph(call: Callable[[int], object], *, calls: int = 20, replays: int = 40) -> Timing:
-    """Times `call(i)` for i in 0..calls-1, captured in one CUDA graph that is replayed; i selects the input set."""
+def _percentiles(times: Sequence[float]) -> Timing:
+    deciles = statistics.quantiles(times, n=10)
+    return Timing(deciles[1], deciles[4], deciles[7])
+
+
+def time_graph(
+    call: Callable[[int], object], *, calls: int = 20, replays: int = 40, seconds: float = 0.3, warm: int = 3
+) -> Timing:
+    """Times `call(i)` for i in 0..calls-1, captured in one CUDA graph that is replayed; i selects the input set.
+
+    Where the replays would take more than `seconds` there are fewer, ten at least.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for i in range(calls):
+        for i in range(min(calls, warm)):
             call(i)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    kept = []  # outputs that a peer allocates live as long as the graph
-    with torch.cuda.graph(graph):
+    kept = []  # outputs that a call allocates live as long as the graph
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # XLA has threads of its own
         for i in range(calls):
             kept.append(call(i))
-    for _ in range(3):
-        graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    one = min(_time(graph.replay) for _ in range(3))
+    replays = max(10, min(replays, int(seconds * 1e6 / one)))
+    return _percentiles([_time(graph.replay) / calls for _ in range(replays)])
+
+
+def time_eager(call: Callable[[], object], *, repeats: int = 20, warm: int = 3) -> Timing:
+    """Times a call as it is made from Python, until the GPU has done it: where the host is slower, the host."""
+    for _ in range(warm):
+        call()
+    torch.cuda.synchronize()
+    return _percentiles([_time(call) for _ in range(repeats)])
+
+
+def time_wall(call: Callable[[int], object], runs: int, *, repeats: int = 10) -> Timing:
+    """Times a call that waits for `runs` runs of an operation, by the host's clock; microseconds a run."""
+    call(0)
     times = []
-    for _ in range(replays):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / calls)
-    p20, p50, p80 = (statistics.quantiles(times, n=10)[k] for k in (1, 4, 7))
-    return Timing(p20, p50, p80)
+    for i in range(repeats):
+        start = time.perf_counter()
+        call(i)
+        times.append((time.perf_counter() - start) / runs * 1e6)
+    return _percentiles(times)
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Microseconds between two events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def input_sets(bytes_of_one: int, *, calls: int = 20, beyond: int = 160 << 20) -> int:
@@ -58,6 +89,12 @@ def copy_bandwidth() -> float:
     ways = (lambda _: target.copy_(source), lambda _: torch.neg(source, out=target))
     fastest = min(time_graph(way, calls=4, replays=20).p50 for way in ways)
     return 2 * source.numel() * source.element_size() / fastest * 1e6
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """Floating-point operations a second of a large product of random bfloat16 matrices, by torch."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / time_graph(lambda _: a @ b, calls=2, replays=20).p50 * 1e6
 
 
 def empty_launch() -> float:

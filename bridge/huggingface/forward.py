@@ -62,7 +62,7 @@ def experts_forward(
         rows = bridge.experts(rows, up, down, plan.group_sizes)
     else:
         rows = _mlp(self, rows, up, down, ids, plan)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # transformers 5.20 brought it
         rows = self.post_expert_norm(rows)
     return bridge.combine(rows, plan, top_k_weights).to(hidden_states.dtype)
 

@@ -1,16 +1,28 @@
-"""The parts of the benchmarks that need no GPU: the refusal, the report, how many inputs are rotated."""
+"""The runner of the benchmarks, without a GPU: refusals, what is checked first, what fails, what is kept."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import report, timing
+from benchmarks import bench, operation, record, timing
+from benchmarks.operation import Build, Entry, Operation, expect
 from jaxmoe.__main__ import main
+
+MACHINE = {
+    "gpu": "Card X",
+    "commit": "abc",
+    "copy_bytes_per_second": 1e12,
+    "matmul_flops_per_second": 1e14,
+    "empty_launch_us": 1.0,
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to time")
@@ -24,66 +36,133 @@ def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not path.exists()
 
 
-def record(operation: str, tokens: int, ours: float, **peers: float) -> dict[str, Any]:
-    times = lambda p50: {"p20": p50 / 2, "p50": p50, "p80": p50 * 2}
-    return {
-        "operation": operation,
-        "tokens": tokens,
-        "floor_us": 1.25,
-        "jaxmoe": times(ours),
-        "peers": {name: times(p50) for name, p50 in peers.items()},
-    }
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "route,rout"], "expected some of route, router_logits, .*got rout$"),
+        (["--append"], "expected --output with a file that is there"),
+        (["--append", "--output", "/nowhere/bench.json"], "expected --output with a file that is there"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err, re.M)
+
+
+def test_choice_of_kinds() -> None:
+    """What is compiled at first use, and what measures by itself, is left out of a quick run unless named."""
+    assert bench._arguments([]).only == list(bench.KINDS)
+    assert bench._arguments(["--quick"]).only == [name for name in bench.KINDS if name not in bench.ALONE]
+    assert bench._arguments(["--quick", "--only", "host,route"]).only == ["host", "route"]
+
+
+def test_every_kind_is_there() -> None:
+    for module, function in bench.KINDS.values():
+        assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+class Stub:
+    """A kind whose operations add 1 to a tensor, some of them wrongly."""
+
+    def __init__(self) -> None:
+        self.out = torch.ones(3)
+
+    def right(self, _: int) -> torch.Tensor:
+        return self.out.fill_(1)
+
+    def idle(self, _: int) -> torch.Tensor:
+        return self.out
+
+    def raising(self, _: int) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand more")
+
+    def entry(self, call: Any) -> Entry:
+        return Entry(call, lambda got: expect((got == 1).all(), "ones"), (self.out,))
+
+    def kind(self, quick: bool) -> Iterator[Build]:
+        yield functools.partial(self.build, 1, "fine")
+        yield functools.partial(self.build, 2, "without inputs")
+        yield functools.partial(self.build, 3, "wrong")
+
+    def build(self, tokens: int, name: str) -> Iterator[Operation]:
+        if name == "without inputs":
+            raise RuntimeError("out of memory")
+        ours = self.idle if name == "wrong" else self.right
+        peers = {"Good": self.entry(self.right), "Idle": self.entry(self.idle), "Bad": self.entry(self.raising)}
+        peers["Clocked"] = self.entry(self.right)._replace(runs=5)
+        yield Operation(name, tokens, 4_000_000, self.entry(ours), peers, {"Absent": "not for this"}, flops=10**9)
 
 
 @pytest.fixture
-def data() -> dict[str, Any]:
-    """What `bench` writes, made up: all panels of the picture, another operation, a peer at one size only."""
-    return {
-        "machine": {
-            "gpu": "Card X",
-            "driver": "1.2.3",
-            "versions": {"jax": "0.11.2", "torch": "2.11"},
-            "date": "2026-11-21T10:20:30+00:00",
-            "commit": "abc1234",
-            "note": "a note",
-            "copy_bytes_per_second": 2.5e12,
-            "empty_launch_us": 1.25,
-        },
-        "results": [
-            *(record(panel, tokens, 2.0, Peer=3.0) for panel in report.PANELS for tokens in (1, 64)),
-            record("route kimi-k2", 4096, 8.0, Peer=12.0, Other=4.0),
-            record("load", 1, 1.5),
-        ],
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """In place of the kinds; what times is a stub too."""
+    stub = Stub()
+    monkeypatch.setattr(bench, "KINDS", {"stub": (__name__, "kind"), "host": (__name__, "alone")})
+    modules = {__name__: type("Module", (), {"kind": stub.kind, "alone": lambda: {"a call": 7.5}})}
+    monkeypatch.setattr(bench.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(timing, "time_graph", lambda call, calls: timing.Timing(1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "time_wall", lambda call, runs: timing.Timing(10.0, 20.0, 30.0 * runs))
+    return stub
+
+
+def test_run(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong result has no time; a peer that fails, or leaves what another wrote, is missing, with the reason."""
+    data, saved = record.start(MACHINE), []
+    problems = bench.run(["stub", "host"], False, data, lambda: saved.append(len(data["results"])))
+    fine, failed, wrong = data["results"]
+    assert saved == [1, 2, 3, 3]
+    assert fine["jaxmoe"] == {"p20": 1.0, "p50": 2.0, "p80": 3.0, "tflops": 500.0}
+    assert list(fine["peers"]) == ["Good", "Clocked"]
+    assert fine["peers"]["Clocked"]["p80"] == 150.0
+    assert fine["missing"] == {
+        "Absent": "not for this",
+        "Idle": "AssertionError: wrong result: ones",
+        "Bad": "RuntimeError: no kernel for this",
     }
-
-
-def test_table(data: dict[str, Any]) -> None:
-    """Medians, the ratio the right way up (a slower peer is above 1), a row for each record, and the conditions."""
-    text, table = report.table(data).split("\n\n")
-    names, rule, *rows = table.splitlines()
-    assert len(rows) == len(data["results"])
-    assert rows[0] == "| route deepseek-v3 | 1 | 2.00 | 1.25 | Peer 3.0 (1.50x) |"
-    assert rows[-2:] == [
-        "| route kimi-k2 | 4096 | 8.00 | 1.25 | Peer 12.0 (1.50x), Other 4.0 (0.50x) |",
-        "| load | 1 | 1.50 | 1.25 |  |",
+    assert fine["floor_us"] == 10.0, "operations take longer than bytes here"
+    assert (failed["operation"], failed["tokens"]) == ("build without inputs", 2)
+    assert failed["error"] == "RuntimeError: out of memory"
+    assert "jaxmoe" not in wrong
+    assert wrong["error"] == "AssertionError: wrong result: ones"
+    assert wrong["peers"] == {}
+    assert problems == [
+        "build without inputs at 2 tokens: RuntimeError: out of memory",
+        "wrong at 3 tokens: AssertionError: wrong result: ones",
     ]
-    assert names.count("|") == rule.count("|") == rows[0].count("|")
-    machine = ("Card X", "driver 1.2.3", "jax 0.11.2", "torch 2.11", "a note", "abc1234", "2026-11-21", "2.50 TB/s")
-    for condition in machine:
-        assert condition in text
+    assert data["host"] == {"a call": 7.5, "run": 0}
+    printed = capsys.readouterr().out
+    assert "Good 2.00 (1.00x)" in printed
+    assert "500 TFLOP/s" in printed
+    assert "* a call: 7.5" in printed
 
 
-def test_readme_and_picture(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what stands between the marks is replaced, however often the report is made."""
-    source, readme, picture = tmp_path / "result.json", tmp_path / "README.md", tmp_path / "docs" / "picture.png"
-    source.write_text(json.dumps(data))
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "PICTURE", picture)
-    for _ in range(2):
-        assert report.main([str(source)]) == 0
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{report.table(data)}\n{report.END}\nafter\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_append(stub: Stub, tmp_path: Path) -> None:
+    """A later run takes the place of the same sizes and leaves the rest; each timing knows its run."""
+    path = tmp_path / "folder" / "bench.json"
+    data = record.start(MACHINE)
+    record.add(data, {"operation": "fine", "tokens": 1, "peers": {}})
+    record.add(data, {"operation": "fine", "tokens": 64, "peers": {}})
+    record.save(path, data)
+    later = record.start({**MACHINE, "commit": "def"}, record.load(path))
+    bench.run(["stub"], False, later, lambda: record.save(path, later))
+    kept = json.loads(path.read_text())
+    assert [run["commit"] for run in kept["runs"]] == ["abc", "def"]
+    assert kept["machine"]["commit"] == "def"
+    runs = {(r["operation"], r["tokens"]): r["run"] for r in kept["results"]}
+    assert runs == {("fine", 64): 0, ("fine", 1): 1, ("build without inputs", 2): 1, ("wrong", 3): 1}
+    assert [p.name for p in path.parent.iterdir()] == ["bench.json"]
+    with pytest.raises(ValueError, match=r"--append: expected results of Card Y, got those of Card X"):
+        record.start({**MACHINE, "gpu": "Card Y"}, kept)
+
+
+def test_checked_sees_no_earlier_result() -> None:
+    floats, ints = torch.ones(2), torch.ones(2, dtype=torch.int32)
+    seen = []
+    entry = Entry(lambda _: seen.append((floats.isnan().all(), ints.tolist())), lambda _: None, (floats, ints))
+    operation.checked(entry)
+    assert seen == [(True, [-7, -7])]
 
 
 @pytest.mark.parametrize(
@@ -105,3 +184,9 @@ def test_input_sets(bytes_of_one: int, calls: int, beyond: int, sets: int) -> No
 def test_input_sets_of_the_benchmarks() -> None:
     """The sizes that are timed, with the defaults: 40960 tokens of 256 bfloat16 logits are 20 MiB."""
     assert timing.input_sets(40960 * 256 * 2) == 8
+
+
+def test_time_wall() -> None:
+    """Microseconds a run, by the host's clock."""
+    result = timing.time_wall(lambda _: None, runs=4, repeats=5)
+    assert 0 < result.p20 <= result.p50 <= result.p80 < 1e4
