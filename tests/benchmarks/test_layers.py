@@ -32,7 +32,6 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operation, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "time_eager", time_eager)
     monkeypatch.setattr(timing, "time_graph", time_graph)
-    torch.manual_seed(0)
 
 
 def test_measure() -> None:

@@ -18,12 +18,12 @@ from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     logits_of,
     make,
     make_config,
-    one_thread,
     prompt,
+    small,
     snapshot,
 )
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["small"]  # a fixture
 
 
 def values(model: Any) -> dict[str, torch.Tensor]:

@@ -23,12 +23,12 @@ from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     logits_of,
     make,
     make_config,
-    one_thread,
     prompt,
+    small,
     snapshot,
 )
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["small"]  # a fixture
 
 # One for each way a router or its experts differ: groups, a bias from the block, biases and clamps, no gate, a shared
 # expert with a gate, choice by token id.
@@ -279,8 +279,8 @@ def test_experts_interface(kind: str, tokens: int) -> None:
     torch.manual_seed(0)
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.5)
-    x, weights = torch.randn(tokens, 32), torch.rand(tokens, 3)
-    ids = torch.rand(tokens, 5).argsort(dim=1)[:, :3]
+    x, weights = torch.randn(tokens, 32), torch.rand(tokens, 5)
+    ids = torch.rand(tokens, 5).argsort(dim=1)
     masked, elsewhere = weights.clone(), ids.clone()
     masked[:, 1], elsewhere[:, 1] = 0, 5
     with torch.no_grad():
