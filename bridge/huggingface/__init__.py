@@ -4,6 +4,8 @@
 with transformers' experts interface: `from_pretrained(..., experts_implementation="jaxmoe")` runs the experts alone,
 behind whatever router the model has, and serves every model whose experts follow that interface.
 
+It needs transformers 5.13 or newer: before, most routers returned logits alone and the layers chose the experts.
+
 Example:
   >>> import torch, transformers, bridge.huggingface
   >>> config = transformers.MixtralConfig(
@@ -27,11 +29,18 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
-from bridge.huggingface.fold import copy_dense, fold, num_foldable
-from bridge.huggingface.forward import experts_forward, forward_fused, forward_router
-from jaxmoe import RoutingConfig
+OLDEST = "5.13.0"
+
+if Version(transformers.__version__) < Version(OLDEST):  # before anything of it is imported that older ones lack
+    raise ImportError(f"transformers: expected version {OLDEST} or newer, got {transformers.__version__}")
+
+from bridge.huggingface.fold import copy_dense, fold, num_foldable  # noqa: E402
+from bridge.huggingface.forward import experts_forward, forward_fused, forward_router  # noqa: E402
+from jaxmoe import RoutingConfig  # noqa: E402
 
 __all__ = ["Patch", "experts_forward", "patch"]
 
@@ -76,7 +85,7 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
         not simply added (Qwen3-Next), cannot be split into experts like the routed ones, or do not exist. Nothing has
         been changed then.
 
-    Source: the modules of Hugging Face transformers 5.23.
+    Source: the modules of Hugging Face transformers 5.13 to 5.23.
 
     Example:
       >>> import torch, bridge.huggingface

@@ -45,7 +45,7 @@ def experts_forward(
     Raises:
       ValueError: names the argument, what was expected and what came.
 
-    Source: the experts interface of Hugging Face transformers 5.23.
+    Source: the experts interface of Hugging Face transformers 5.13 to 5.23.
 
     Example:
       >>> import bridge.huggingface

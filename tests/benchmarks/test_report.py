@@ -121,7 +121,9 @@ def test_results_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for file in files:
         data = record.load(file)
         assert all(r["run"] < len(data["runs"]) for r in data["results"])
-        assert "route deepseek-v3" in make(data, tmp_path, monkeypatch)
+        text = make(data, tmp_path, monkeypatch)
+        for name in record.operations(data):
+            assert (f"\n| {name} |" in text) == (name in report.SHOWN)
 
 
 def test_nothing_to_draw(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

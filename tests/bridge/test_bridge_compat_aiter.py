@@ -10,9 +10,12 @@ import torch
 from bridge import RoutingConfig, presets
 from bridge.compat import aiter
 from tests.bridge.test_bridge_compat_vllm import drawn
-from tests.bridge.test_bridge_compat_vllm_topk import SMALL, clear_inputs
+from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs
 from tests.parity.compare import check_routing
 from tests.parity.torch_topk import aiter_biased_grouped_topk
+
+
+ODD = RoutingConfig(num_experts=45, top_k=6, n_group=9, topk_group=4, routed_scaling_factor=2.5)
 
 
 def call(
@@ -39,8 +42,7 @@ def call(
     return weights[:, : config.top_k].cpu(), ids[:, : config.top_k].cpu()
 
 
-@pytest.mark.parametrize("wide", [0, 2], ids=["whole", "columns"])
-@pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2"])
+@pytest.mark.parametrize(("name", "wide"), [("deepseek-v3", 2), ("kimi-k2", 0)], ids=["columns", "whole"])
 def test_by_model(name: str, wide: int, device: torch.device) -> None:
     """Written in place, also to the first columns of a tensor that holds shared experts behind."""
     config = replace(presets[name], n_shared_experts=0)
@@ -50,12 +52,14 @@ def test_by_model(name: str, wide: int, device: torch.device) -> None:
     check_routing(*got, *call(aiter_biased_grouped_topk, config, logits, bias), in_order=True)
 
 
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalised", "raw"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+DTYPES = [(torch.bfloat16, True), (torch.float16, False), (torch.float32, True), (torch.float32, False)]
+
+
+@pytest.mark.parametrize(("dtype", "renormalize"), DTYPES, ids=str)
 def test_by_dtype(dtype: torch.dtype, renormalize: bool, device: torch.device) -> None:
     """The bias in the dtype of the logits, as AITER demands, and in float32, which loses nothing."""
-    config = replace(SMALL, renormalize=renormalize)
-    logits, bias = clear_inputs(config, True, 9, dtype)
+    config = replace(ODD, renormalize=renormalize)
+    logits, bias = clear_inputs(config, True, 32, dtype)
     assert bias is not None
     got = call(aiter.biased_grouped_topk, config, logits.to(device), bias.to(device))
     check_routing(*got, *call(aiter_biased_grouped_topk, config, logits.float(), bias), in_order=True)
@@ -64,21 +68,20 @@ def test_by_dtype(dtype: torch.dtype, renormalize: bool, device: torch.device) -
     assert all(torch.equal(a, b) for a, b in zip(rounded, again, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 40], ids=lambda n: f"T{n}")
+@pytest.mark.parametrize("tokens", [0, 1, 32], ids=lambda n: f"T{n}")
 @pytest.mark.parametrize("wide", [0, 1], ids=["whole", "columns"])
 def test_ties_go_to_the_lower_index(tokens: int, wide: int, device: torch.device) -> None:
-    config = RoutingConfig(num_experts=45, top_k=6, n_group=9, topk_group=4)
-    logits, bias = drawn(0, 3)(tokens, 45).float(), torch.zeros(45)
-    weights, ids = call(aiter.biased_grouped_topk, config, logits.to(device), bias.to(device), wide)
-    expected_weights, expected = call(aiter_biased_grouped_topk, config, logits, bias)
+    logits, bias = drawn(0, 3)(tokens, ODD.num_experts).float(), torch.zeros(ODD.num_experts)
+    weights, ids = call(aiter.biased_grouped_topk, ODD, logits.to(device), bias.to(device), wide)
+    expected_weights, expected = call(aiter_biased_grouped_topk, ODD, logits, bias)
     assert torch.equal(ids, expected)
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=0)
 
 
 def test_columns_of_wider_logits(device: torch.device) -> None:
-    logits, bias = clear_inputs(SMALL, True, 9)
+    logits, bias = clear_inputs(ODD, True, 32)
     assert bias is not None
-    wide = torch.full((9, 96), torch.nan, device=device)
-    wide[:, 32:56] = logits
-    got = call(aiter.biased_grouped_topk, SMALL, wide[:, 32:56], bias.to(device))
-    check_routing(*got, *call(aiter_biased_grouped_topk, SMALL, logits, bias), in_order=True)
+    wide = torch.full((32, 96), torch.nan, device=device)
+    wide[:, 32:77] = logits
+    got = call(aiter.biased_grouped_topk, ODD, wide[:, 32:77], bias.to(device))
+    check_routing(*got, *call(aiter_biased_grouped_topk, ODD, logits, bias), in_order=True)

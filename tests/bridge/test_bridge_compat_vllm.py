@@ -44,26 +44,33 @@ def distinct(experts: int) -> Callable[[int, int], torch.Tensor]:
     return lambda t, k: torch.rand(t, experts, generator=torch.Generator().manual_seed(2)).argsort(dim=1)[:, :k]
 
 
+# As many tokens and experts wherever neither matters: JAX compiles for each.
 CASES = [
-    Case("no tokens", 5, tokens=0, peers=False),
-    Case("no tokens, with a map", 5, tokens=0, expert_map=(-1, 0, -1, 1, 2), num_local=3, peers=False),
-    Case("one token", 5, tokens=1),
+    Case("no tokens", 13, tokens=0, peers=False),
+    Case("no tokens, with a map", 13, tokens=0, expert_map=(-1, 0, -1, 1, 2, *[-1] * 8), num_local=5, peers=False),
+    Case("one token", 13, tokens=1),
     Case("one pair, one expert", 1, tokens=1, top_k=1),
-    Case("odd E", 13, top_k=3),
+    Case("odd E", 13),
     Case("K = E", 6, top_k=6, ids=distinct(6)),
-    Case("more experts than pairs: most get none", 200, tokens=7),
-    Case("every pair to the last expert", 6, ids=lambda t, k: torch.full((t, k), 5)),
-    Case("only the first and the last expert", 33, ids=lambda t, k: drawn(0, 2)(t, k) * 32),
-    Case("256 experts, 8 of them a token: DeepSeek-V3", 256, top_k=8, tokens=40, ids=distinct(256)),
+    Case("every pair to the last expert", 13, ids=lambda t, k: torch.full((t, k), 12)),
+    Case("only the first and the last expert", 13, ids=lambda t, k: drawn(0, 2)(t, k) * 12),
+    Case("256 experts, 8 of them a token: DeepSeek-V3; most get none", 256, top_k=8, ids=distinct(256)),
     Case("more pairs than one block", 6, tokens=300, top_k=4),
-    Case("the first and the last are here", 5, expert_map=(0, -1, -1, -1, 1), num_local=2),
-    Case("a map with -1, in another order", 6, expert_map=(-1, 2, -1, 0, 1, -1), num_local=3),
-    Case("nothing is here", 3, expert_map=(-1, -1, -1), num_local=2),
-    Case("all are here, in another order", 4, expert_map=(3, 1, 0, 2), num_local=4),
+    Case("the first and the last are here", 13, expert_map=(0, *[-1] * 11, 1), num_local=5),
+    Case("a map with -1, in another order", 13, expert_map=(-1, 2, -1, 0, 1, -1, 4, 3, *[-1] * 5), num_local=5),
+    Case("nothing is here", 13, expert_map=(-1,) * 13, num_local=5),
+    Case("all are here, in another order", 13, expert_map=(*range(6, 13), *range(6)), num_local=13),
     Case("the first of 8 ranks", 64, top_k=6, expert_map=(*range(8), *[-1] * 56), num_local=8, ids=distinct(64)),
-    Case("ids out of range", 9, ids=drawn(-3, 12), peers=False),
-    Case("all ids out of range", 9, ids=lambda t, k: torch.full((t, k), -1), peers=False),
-    Case("ids out of range, with a map", 4, ids=drawn(-1, 7), expert_map=(1, -1, 0, 2), num_local=3, peers=False),
+    Case("ids out of range", 13, ids=drawn(-3, 16), peers=False),
+    Case("all ids out of range", 13, ids=lambda t, k: torch.full((t, k), -1), peers=False),
+    Case(
+        "ids out of range, with a map",
+        13,
+        ids=drawn(-1, 16),
+        expert_map=(1, -1, 0, 2, *[-1] * 9),
+        num_local=5,
+        peers=False,
+    ),
 ]
 MAPPED = [case for case in CASES if case.expert_map]
 IDS = lambda case: case.why

@@ -87,12 +87,18 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "glm4_moe": ("Glm4MoeForCausalLM", lambda: make_config("Glm4MoeConfig", **ROUTED | GROUPS | DENSE_FIRST)),
-    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", lambda: make_config("Glm4MoeLiteConfig", **ROUTED | GROUPS | MLA | SPARSE)),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteForCausalLM",
+        lambda: make_config("Glm4MoeLiteConfig", **ROUTED | GROUPS | MLA | SPARSE),
+    ),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration",
         lambda: multimodal("Glm4vMoeConfig", ROUTED | GROUPS | DENSE_FIRST | ROPE_3D, VISION),
     ),
-    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", lambda: make_config("GlmMoeDsaConfig", **ROUTED | GROUPS | MLA | INDEXER | SPARSE)),
+    "glm_moe_dsa": (
+        "GlmMoeDsaForCausalLM",
+        lambda: make_config("GlmMoeDsaConfig", **ROUTED | GROUPS | MLA | INDEXER | SPARSE),
+    ),
     "minimax_m2": ("MiniMaxM2ForCausalLM", lambda: make_config("MiniMaxM2Config", num_local_experts=8)),
     "qwen3_moe": ("Qwen3MoeForCausalLM", lambda: make_config("Qwen3MoeConfig", num_experts=8)),
     "qwen3_vl_moe": (
