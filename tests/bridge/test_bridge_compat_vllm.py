@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 import torch
 
 from bridge.compat import vllm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """What runs once takes longer to compile well than to run; kernels on a GPU are compiled as for users."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not torch.cuda.is_available())
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclass(frozen=True)
