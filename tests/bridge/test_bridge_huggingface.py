@@ -34,6 +34,7 @@ MAMBA = {"layers_block_type": ["moe", "attention"], "mamba_num_heads": 4, "mamba
 V4 = {"num_key_value_heads": 1, "head_dim": 16, "o_groups": 2, "o_lora_rank": 16, "q_lora_rank": 16}
 V4 |= INDEXER | {"mlp_layer_types": ["hash_moe", "moe"]}
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+ONE_LAYER = {"num_hidden_layers": 1}
 DENSE_FIRST = {"first_k_dense_replace": 1}
 VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 ROPE_3D = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
@@ -99,7 +100,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
         "GlmMoeDsaForCausalLM",
         lambda: make_config("GlmMoeDsaConfig", **ROUTED | GROUPS | MLA | INDEXER | SPARSE),
     ),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", lambda: make_config("MiniMaxM2Config", num_local_experts=8)),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", lambda: make_config("MiniMaxM2Config", **ONE_LAYER, num_local_experts=8)),
     "qwen3_moe": ("Qwen3MoeForCausalLM", lambda: make_config("Qwen3MoeConfig", num_experts=8)),
     "qwen3_vl_moe": (
         "Qwen3VLMoeForConditionalGeneration",
@@ -117,8 +118,11 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
             "Qwen3_5MoeTextConfig", **HYBRID | GATED_DELTA, num_experts=8, shared_expert_intermediate_size=16
         ),
     ),
-    "gpt_oss": ("GptOssForCausalLM", lambda: make_config("GptOssConfig", num_local_experts=8, swiglu_limit=0.5)),
-    "mixtral": ("MixtralForCausalLM", lambda: make_config("MixtralConfig", num_local_experts=8)),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        lambda: make_config("GptOssConfig", **ONE_LAYER, num_local_experts=8, swiglu_limit=0.5),
+    ),
+    "mixtral": ("MixtralForCausalLM", lambda: make_config("MixtralConfig", **ONE_LAYER, num_local_experts=8)),
     "ernie4_5_moe": (
         "Ernie4_5_MoeForCausalLM",
         lambda: make_config("Ernie4_5_MoeConfig", moe_num_experts=8, moe_num_shared_experts=2, moe_layer_start_index=0),
