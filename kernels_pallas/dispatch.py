@@ -31,9 +31,9 @@ def config_for(width: int, dtype: Any, target: str) -> Config:
     return Config(columns=columns, clear_rows=64, num_warps=max(1, min(4, columns // 256)))
 
 
-def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int, int]:
-    """The programs of the launch: one for each token, then those that clear."""
-    return num_tokens + pl.cdiv(num_rows, config.clear_rows), pl.cdiv(width, config.columns)
+def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int]:
+    """The programs of the launch: one for each token's columns after another, then those that clear."""
+    return (num_tokens * pl.cdiv(width, config.columns) + pl.cdiv(num_rows, config.clear_rows),)
 
 
 def _dispatch_kernel(
@@ -49,36 +49,37 @@ def _dispatch_kernel(
     x_ref, rows_ref, slots_ref, *rest = refs
     scale_ref = rest[0] if has_scale else None
     out_ref = rest[-1]
-    token = pl.program_id(0)
-    col = pl.program_id(1) * config.columns + iota((config.columns,), 0)
-    in_row = col < width
+    tiles, program = pl.cdiv(width, config.columns), pl.program_id(0)
+    token = program // tiles
 
     @pl.when(token < num_tokens)
     def _() -> None:
-        x = load(x_ref.at[token, column + col], mask=in_row)
-        for slot in range(num_slots):
-            row = rows_ref[token, slot]
-            value = x
-            if scale_ref is not None:
-                value = x.astype(jnp.float32) * scale_ref[token, slot].astype(jnp.float32)
-            store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=in_row & (row >= 0))
+        col = (program - token * tiles) * config.columns + iota((config.columns,), 0)
+        # All loads come first: none is moved over a store.
+        x = load(x_ref.at[token, column + col], mask=col < width)
+        rows = [rows_ref[token, slot] for slot in range(num_slots)]
+        scales = [] if scale_ref is None else [scale_ref[token, slot].astype(jnp.float32) for slot in range(num_slots)]
+        for slot, row in enumerate(rows):
+            value = x.astype(jnp.float32) * scales[slot] if scales else x
+            mask = (col < width) & (row >= 0)
+            store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=mask)
 
     @pl.when(token >= num_tokens)
     def _() -> None:
-        first = (token - num_tokens) * config.clear_rows
+        first = (program - num_tokens * tiles) * config.clear_rows
         row = first + iota((config.clear_rows,), 0)
         empty = load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
 
         @pl.when(jnp.sum(empty.astype(jnp.int32), axis=0, dtype=jnp.int32) > 0)
         def _() -> None:
             def clear(i: jax.Array, _: None) -> None:
-                row = first + i
+                row, col = first + i // tiles, (i - i // tiles * tiles) * config.columns + iota((config.columns,), 0)
                 inside = row < num_rows
-                is_empty = slots_ref[jnp.where(inside, row, 0)] < 0
-                zero = jnp.zeros((config.columns,), out_ref.dtype)
-                store(out_ref.at[jnp.where(inside, row, 0), col], zero, mask=in_row & inside & is_empty)
+                row = jnp.where(inside, row, 0)
+                mask = (col < width) & inside & (slots_ref[row] < 0)
+                store(out_ref.at[row, col], jnp.zeros((config.columns,), out_ref.dtype), mask=mask)
 
-            jax.lax.fori_loop(0, config.clear_rows, clear, None)
+            jax.lax.fori_loop(0, config.clear_rows * tiles, clear, None)
 
 
 def dispatch(

@@ -1,9 +1,15 @@
-"""The dispatch plan: a stable counting sort of (token, slot) pairs by expert, in two launches.
+"""The dispatch plan: a stable counting sort of (token, slot) pairs by expert, in one launch or two.
 
-The pairs, in the order of their flat index t * S + j, are cut into chunks. The first launch counts each chunk's
-experts. In the second, a chunk adds up the counts of the chunks before it, which tells it the first free row of every
-expert, and places its pairs one block after another. No atomics: a row depends on the pairs before it and on nothing
-else. The number of chunks is bounded, so the work grows linearly with the number of pairs.
+No program waits for another and nothing is added up atomically: the plan depends on the ids alone. A pair's key is its
+expert with its own index behind it, so no two are the same.
+
+Few pairs take one launch. A pair's row is the number of keys below its own, so every program compares its pairs with
+all pairs. Alignment adds the padding of the experts before, for which every program counts all of them.
+
+Many pairs take two. They are cut into blocks, and runs of blocks make up chunks, of which there are few. The first
+launch puts each block in order, by comparing its keys with one another, and counts each chunk's experts, block after
+block. In the second every block adds up the chunks' counts, which tells it the first free row of each expert, and gives
+its pairs, which lie in order now, to these rows. So the work grows linearly with the number of pairs.
 """
 
 from __future__ import annotations
@@ -18,24 +24,28 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
-STRIP = 8  # chunks whose counts are added up at once
+INDEX_BITS = 16  # of a key, below the expert's; the sign stays free
+NOWHERE = 2**31 - 1  # the key of a pair that is dropped: above all others
+STRIP = 128  # pairs that are loaded at once, one a thread
+TOGETHER = 4  # strips on their way while as many are looked at
+LOW = 16  # the base in which experts have two digits, or one and a high one
+SHARE = 1024  # rows that are cleared at once
 
 
 @dataclass(frozen=True)
 class Config:
-    block: int  # pairs that are ranked at once
-    chunks: int  # at most
+    block: int  # pairs that a program gives their rows; with one launch others give half as many experts their sizes
+    chunks: int  # at most; 0: one launch
     num_warps: int
 
 
-def config_for(num_items: int, num_experts: int, target: str) -> Config:
-    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del target
-    # Measured on an H100 with 256 experts. Few pairs want short chains of blocks, many want few counts to add up.
-    block = 16 if num_items <= 128 else 32 if num_items <= 1024 else 64
-    block = min(block, max(16, 16384 // next_power_of_2(num_experts)))
-    many = num_items > 8192
-    return Config(block=block, chunks=128 if many else 256, num_warps=8 if many else 4)
+def config_for(num_items: int, num_experts: int, align: int, target: str) -> Config:
+    """Which way and tile to use for these shapes on this target ("cuda" or "rocm")."""
+    del num_experts
+    num_warps = 2 if target == "rocm" else 4  # 128 threads, as many as a strip has pairs
+    if num_items <= (4096 if align == 1 else 1024):  # with padding every program counts all pairs
+        return Config(block=8 if num_items <= 1024 else 32, chunks=0, num_warps=num_warps)
+    return Config(block=128 if num_items <= 16384 else 256, chunks=32, num_warps=num_warps)
 
 
 def num_rows(num_items: int, num_experts: int, align: int) -> int:
@@ -46,7 +56,27 @@ def num_rows(num_items: int, num_experts: int, align: int) -> int:
     return (num_items + num_experts * (align - 1) + align - 1) // align * align
 
 
-def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: int, num_experts: int, map_size: int) -> jax.Array:
+def sizes_for(num_items: int, num_experts: int, align: int, config: Config) -> dict[str, int]:
+    """The sizes of every launch: `blocks` there are, `steps` of them in a chunk."""
+    blocks = pl.cdiv(num_items, config.block)
+    sizes = {"num_items": num_items, "rows": num_rows(num_items, num_experts, align), "blocks": blocks}
+    return {**sizes, "steps": pl.cdiv(blocks, config.chunks)} if config.chunks else sizes
+
+
+def grids_for(num_experts: int, sizes: dict[str, int], config: Config) -> list[int]:
+    """The programs of each launch: one for each block, in the first also some for the experts."""
+    blocks = sizes["blocks"]
+    if not config.chunks:
+        return [blocks + pl.cdiv(num_experts, config.block // 2)]
+    return [blocks + pl.cdiv(blocks, sizes["steps"]) * pl.cdiv(num_experts, LOW * LOW), blocks]
+
+
+def num_counts(sizes: dict[str, int]) -> int:
+    """How many times each expert's pairs are counted: in each chunk before every block and behind the last."""
+    return pl.cdiv(sizes["blocks"], sizes["steps"]) * (sizes["steps"] + 1)
+
+
+def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: Any, num_experts: int, map_size: int) -> jax.Array:
     """The expert each item goes to, -1 if it goes nowhere."""
     ids = load(ids_ref.at[item], mask=item < num_items, other=-1)
     if map_ref is not None:
@@ -54,90 +84,218 @@ def _local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: int, num_expe
     return jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
 
 
-def sizes_for(num_items: int, num_experts: int, align: int, config: Config) -> dict[str, int]:
-    """The sizes of both launches; each runs one program a chunk."""
-    steps = pl.cdiv(pl.cdiv(num_items, config.block), config.chunks)
-    rows = num_rows(num_items, num_experts, align)
-    return {"num_items": num_items, "rows": rows, "chunks": pl.cdiv(num_items, steps * config.block), "steps": steps}
+def _key(expert: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.where(expert >= 0, (expert << INDEX_BITS) | index, NOWHERE)
+
+
+def _minus_less(a: jax.Array, b: jax.Array) -> jax.Array:
+    """-1 where a < b, else 0: the sign, which takes fewer instructions than a comparison."""
+    return (a - b) >> 31
+
+
+def _tally(total: jax.Array, expert: jax.Array) -> jax.Array:
+    """Adds a strip of pairs to the counts of experts: total [n, LOW], that of expert i * LOW + j at (i, j).
+
+    One product of matrices of 0 and 1, the pairs' high digits by their low ones: tensor cores count.
+    """
+    high = (expert // LOW)[None, :] == iota((total.shape[0], STRIP), 0)
+    low = (expert & (LOW - 1))[None, :] == iota((LOW, STRIP), 0)
+    return total + jax.lax.dot_general(
+        high.astype(jnp.int8), low.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+
+
+def _padding(count: jax.Array, align: int) -> jax.Array:
+    return -count % align
+
+
+def _clear(slots_ref: Any, first: Any, rows: Any, share: Any, num_shares: Any) -> None:
+    """Writes -1 to one of `num_shares` shares of the rows from `first` on."""
+
+    def step(i: jax.Array, _: None) -> None:
+        row = first + (i * num_shares + share) * SHARE + iota((SHARE,), 0)
+        store(slots_ref.at[row], jnp.full((SHARE,), -1, jnp.int32), mask=row < rows)
+
+    jax.lax.fori_loop(0, pl.cdiv(rows - first, SHARE * num_shares), step, None)
+
+
+def _plan_kernel(
+    *refs: Any, map_size: int, num_experts: int, align: int, config: Config, num_items: Any, rows: Any, blocks: Any
+) -> None:
+    ids_ref, *map_ref, rows_ref, slots_ref, sizes_ref = refs
+    program, half = pl.program_id(0), config.block // 2
+    index = iota((half,), 0)
+
+    def local(item: jax.Array) -> jax.Array:
+        return _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size)
+
+    def strips(i: Any) -> list[jax.Array]:
+        items = [(i * TOGETHER + j) * STRIP + iota((STRIP,), 0) for j in range(TOGETHER)]
+        return [_key(local(item), item) for item in items]
+
+    def below(*bounds: jax.Array) -> list[jax.Array]:
+        """How many keys are below each bound; the bounds come in arrays [n]."""
+
+        def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            keys, counts = carry
+            following = strips(i + 1)
+            for key in keys:
+                less = [_minus_less(key[None, :], bound[:, None]) for bound in bounds]
+                counts = [a + b for a, b in zip(counts, less, strict=True)]
+            return following, counts
+
+        zeros = [jnp.zeros((bound.shape[0], STRIP), jnp.int32) for bound in bounds]
+        _, counts = jax.lax.fori_loop(0, pl.cdiv(num_items, STRIP * TOGETHER), step, (first_strips, zeros))
+        return [-jnp.sum(count, axis=1, dtype=jnp.int32) for count in counts]
+
+    first_strips = strips(0)
+    # The first programs have pairs, two halves of them; the others have experts, which begin and end somewhere.
+    has_pairs, share, num_shares = program < blocks, program - blocks, pl.cdiv(num_experts, half)
+    items = [program * config.block + i * half + index for i in range(2)]
+    pair_experts = [local(item) for item in items]  # those of other programs lie past the end
+    mine = share * half + index
+    bounds = [
+        jnp.where(has_pairs, _key(expert, item), (mine + i) << INDEX_BITS)
+        for i, (expert, item) in enumerate(zip(pair_experts, items, strict=True))
+    ]
+    *places, used = below(*bounds, jnp.full((1,), num_experts << INDEX_BITS, jnp.int32))
+    size, end = places[1] - places[0], jnp.sum(used)
+
+    if align > 1:
+        tile = (max(next_power_of_2(num_experts) // LOW, LOW), LOW)
+        step = lambda i, total: _tally(total, local(i * STRIP + iota((STRIP,), 0)))
+        counts = jax.lax.fori_loop(0, pl.cdiv(num_items, STRIP), step, jnp.zeros(tile, jnp.int32))
+        padding, other = _padding(counts, align), iota(tile, 0) * LOW + iota(tile, 1)
+        for i, expert in enumerate(pair_experts):
+            expert = jnp.where(has_pairs, expert, mine)
+            before = jnp.where(other[None] < expert[:, None, None], padding[None], 0)
+            places[i] = places[i] + jnp.sum(jnp.sum(before, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+        end = end + jnp.sum(padding, dtype=jnp.int32)
+
+    @pl.when(has_pairs)
+    def _() -> None:
+        for expert, item, row in zip(pair_experts, items, places, strict=True):
+            goes = expert >= 0
+            store(rows_ref.at[item], jnp.where(goes, row, -1), mask=item < num_items)
+            # Masked lanes point past the end, each elsewhere: the interpreter writes old values where the mask is off.
+            store(slots_ref.at[jnp.where(goes, row, rows + item)], item, mask=goes)
+
+    @pl.when(share >= 0)
+    def _() -> None:
+        padding = _padding(size, align)
+        store(sizes_ref.at[mine], size + padding, mask=mine < num_experts)
+        _clear(slots_ref, end, rows, share, num_shares)
+        if align > 1:
+            first, tile = places[0] + size, (half, 64)
+
+            def clear(i: jax.Array, _: None) -> None:
+                at = i * tile[1] + iota(tile, 1)
+                inside = at < padding[:, None]
+                row = jnp.where(inside, first[:, None] + at, rows + iota(tile, 0) * tile[1] + iota(tile, 1))
+                store(slots_ref.at[row], jnp.full(tile, -1, jnp.int32), mask=inside)
+
+            jax.lax.fori_loop(0, pl.cdiv(jnp.max(padding), tile[1]), clear, None)
 
 
 def _count_kernel(
-    *refs: Any, map_size: int, num_experts: int, block: int, num_items: Any, rows: Any, chunks: Any, steps: Any
+    *refs: Any, map_size: int, num_experts: int, config: Config, num_items: Any, rows: Any, blocks: Any, steps: Any
 ) -> None:
-    ids_ref, *map_ref, counts_ref, slots_ref = refs
-    experts = next_power_of_2(num_experts)
-    chunk, start = pl.program_id(0), pl.program_id(0) * (steps * block)
+    ids_ref, *map_ref, order_ref, counts_ref, slots_ref = refs
+    block, program, ranges = config.block, pl.program_id(0), pl.cdiv(num_experts, LOW * LOW)
 
-    def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-        item = start + i * block + iota((block, experts), 0)
-        ids = _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size)
-        return counts + (ids == iota((block, experts), 1)).astype(jnp.int32)
+    def local(item: jax.Array) -> jax.Array:
+        return _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size)
 
-    counts = jax.lax.fori_loop(0, steps, step, jnp.zeros((block, experts), jnp.int32))
-    expert = iota((experts,), 0)
-    store(counts_ref.at[chunk, expert], jnp.sum(counts, axis=0, dtype=jnp.int32), mask=expert < num_experts)
+    @pl.when(program < blocks)
+    def _() -> None:
+        start, index = program * block, iota((block,), 0)
+        expert = local(start + index)
+        key = _key(expert, index)
 
-    # Rows that no pair will claim keep this -1.
-    share = 1024
-    first = chunk * share
+        def step(i: jax.Array, place: jax.Array) -> jax.Array:
+            other = i * STRIP + iota((STRIP,), 0)
+            less = _minus_less(_key(local(start + other), other)[:, None], key[None, :])
+            return place - jnp.sum(less, axis=0, dtype=jnp.int32)
 
-    def clear(i: jax.Array, _: None) -> None:
-        row = first + i * (share * chunks) + iota((share,), 0)
-        store(slots_ref.at[row], jnp.full((share,), -1, jnp.int32), mask=row < rows)
+        place = jax.lax.fori_loop(0, block // STRIP, step, jnp.zeros((block,), jnp.int32))
+        store(order_ref.at[start + place], start + index, mask=expert >= 0)
 
-    jax.lax.fori_loop(0, pl.cdiv(rows, share * chunks), clear, None)
+    @pl.when(program >= blocks)
+    def _() -> None:
+        chunk, tile = (program - blocks) // ranges, (LOW, LOW)
+        first = (program - blocks - chunk * ranges) * LOW * LOW
+        column = first + iota(tile, 0) * LOW + iota(tile, 1)
+
+        def strips(i: Any) -> list[jax.Array]:
+            start = (chunk * steps + i) * block
+            return [local(start + j * STRIP + iota((STRIP,), 0)) - first for j in range(block // STRIP)]
+
+        def put(i: Any, total: jax.Array) -> None:
+            store(counts_ref.at[chunk * (steps + 1) + i, column], total, mask=column < num_experts)
+
+        def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            experts, total = carry
+            following = strips(i + 1)
+            put(i, total)
+            return following, functools.reduce(_tally, experts, total)
+
+        _, total = jax.lax.fori_loop(0, steps, step, (strips(0), jnp.zeros(tile, jnp.int32)))
+        put(steps, total)
+
+    _clear(slots_ref, 0, rows, program, blocks + pl.cdiv(blocks, steps) * ranges)
 
 
 def _place_kernel(
     *refs: Any,
     map_size: int,
     num_experts: int,
-    block: int,
     align: int,
+    config: Config,
     num_items: Any,
     rows: Any,
-    chunks: Any,
+    blocks: Any,
     steps: Any,
 ) -> None:
-    ids_ref, *map_ref, counts_ref, _, rows_ref, slots_ref, sizes_ref = refs
-    expert_map = map_ref[0] if map_ref else None
-    experts = next_power_of_2(num_experts)
-    chunk, start = pl.program_id(0), pl.program_id(0) * (steps * block)
+    ids_ref, *map_ref, order_ref, counts_ref, _, rows_ref, slots_ref, sizes_ref = refs
+    block, experts, program = config.block, next_power_of_2(num_experts), pl.program_id(0)
+    start, chunk, expert = program * block, program // steps, iota((experts,), 0)
+    inside = expert < num_experts
 
-    # Two sums over the chunks at once: all of them, and those before this one.
+    before = load(counts_ref.at[program + chunk, expert], mask=inside, other=0)
+    count = load(counts_ref.at[program + chunk + 1, expert], mask=inside, other=0) - before
+    item = start + iota((block,), 0)
+    dropped = _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size) < 0
+    store(rows_ref.at[item], jnp.full((block,), -1, jnp.int32), mask=dropped & (item < num_items))
+
+    tile = (min(config.chunks, max(8192 // experts, 1)), experts)
+
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        at, expert = i * STRIP + iota((STRIP, experts), 0), iota((STRIP, experts), 1)
-        counts = load(counts_ref.at[at, expert], mask=(at < chunks) & (expert < num_experts), other=0)
-        return sums[0] + counts, sums[1] + jnp.where(at < chunk, counts, 0)
+        """Of all chunks, and of those before this block's."""
+        other, column = i * tile[0] + iota(tile, 0), iota(tile, 1)
+        mask = (column < num_experts) & (other < pl.cdiv(blocks, steps))
+        total = load(counts_ref.at[other * (steps + 1) + steps, column], mask=mask, other=0)
+        earlier = jnp.where(other < chunk, total, 0)
+        return sums[0] + jnp.sum(total, axis=0, dtype=jnp.int32), sums[1] + jnp.sum(earlier, axis=0, dtype=jnp.int32)
 
-    zeros = jnp.zeros((STRIP, experts), jnp.int32)
-    total, before = jax.lax.fori_loop(0, pl.cdiv(chunks, STRIP), add, (zeros, zeros))
-    size = jnp.sum(total, axis=0, dtype=jnp.int32)
-    size = (size + (align - 1)) // align * align
-    base = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size + jnp.sum(before, axis=0, dtype=jnp.int32)
+    zeros = jnp.zeros((experts,), jnp.int32)
+    size, before = jax.lax.fori_loop(0, pl.cdiv(config.chunks, tile[0]), add, (zeros, before))
+    size = size + _padding(size, align)
+    store(sizes_ref.at[expert], size, mask=inside & (program == 0))
+    row = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size + before
+    place = start + jnp.cumsum(count, axis=0, dtype=jnp.int32) - count
 
-    expert = iota((experts,), 0)
-    store(sizes_ref.at[expert], size, mask=(expert < num_experts) & (chunk == 0))
+    tile = (max(2048 // experts, 1), experts)
 
-    def step(i: jax.Array, base: jax.Array) -> jax.Array:
-        at = start + i * block
-        local = functools.partial(
-            _local, ids_ref, expert_map, num_items=num_items, num_experts=num_experts, map_size=map_size
-        )
-        mine = local(at + iota((block, experts), 0)) == iota((block, experts), 1)
-        place = jnp.sum(jnp.where(mine, base[None, :], 0), axis=1, dtype=jnp.int32)
-        pair = (block, block)
-        same = local(at + iota(pair, 0)) == local(at + iota(pair, 1))
-        place = place + jnp.sum((same & (iota(pair, 1) < iota(pair, 0))).astype(jnp.int32), axis=1, dtype=jnp.int32)
-
-        item = at + iota((block,), 0)
-        goes = local(item) >= 0
-        store(rows_ref.at[item], jnp.where(goes, place, -1), mask=item < num_items)
+    def give(i: jax.Array, _: None) -> None:
+        index = i * tile[0] + iota(tile, 0)
+        goes = index < count[None, :]
+        item = load(order_ref.at[place[None, :] + index], mask=goes, other=0)
         # Masked lanes point past the end, each elsewhere: the interpreter writes old values back where the mask is off.
-        store(slots_ref.at[jnp.where(goes, place, rows + item)], item, mask=goes)
-        return base + jnp.sum(mine.astype(jnp.int32), axis=0, dtype=jnp.int32)
+        end = iota(tile, 0) * experts + iota(tile, 1)
+        store(rows_ref.at[jnp.where(goes, item, num_items + end)], row[None, :] + index, mask=goes)
+        store(slots_ref.at[jnp.where(goes, row[None, :] + index, rows + end)], item, mask=goes)
 
-    jax.lax.fori_loop(0, steps, step, base)
+    jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[0]), give, None)
 
 
 def plan_dispatch(
@@ -152,37 +310,25 @@ def plan_dispatch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0."""
     num_items = experts.size
-    config = config or config_for(num_items, num_experts, target)
+    config = config or config_for(num_items, num_experts, align, target)
     sizes = sizes_for(num_items, num_experts, align, config)
-    rows, chunks = sizes["rows"], sizes["chunks"]
+    grids = [(programs,) for programs in grids_for(num_experts, sizes, config)]
     ids = [experts.reshape(-1), *([] if expert_map is None else [expert_map])]
-    common = {
-        "map_size": 0 if expert_map is None else expert_map.size,
-        "num_experts": num_experts,
-        "block": config.block,
-    }
+    map_size = 0 if expert_map is None else expert_map.size
+    common: dict[str, Any] = {"map_size": map_size, "num_experts": num_experts, "config": config}
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
-    counts, cleared = launch(
-        functools.partial(_count_kernel, **common),
-        *ids,
-        name="plan_count",
-        grid=(chunks,),
-        out_shape=[shape(chunks, num_experts), shape(rows)],
-        sizes=sizes,
-        num_warps=config.num_warps,
-        interpret=interpret,
-    )
-    flat_rows, slots, group_sizes = launch(
-        functools.partial(_place_kernel, **common, align=align),
-        *ids,
-        counts,
-        cleared,
-        name="plan_place",
-        grid=(chunks,),
-        out_shape=[shape(num_items), shape(rows), shape(num_experts)],
-        sizes=sizes,
-        num_warps=config.num_warps,
-        aliases={len(ids) + 1: 1},
-        interpret=interpret,
-    )
-    return flat_rows.reshape(experts.shape), slots, group_sizes
+    plan = [shape(num_items), shape(sizes["rows"]), shape(num_experts)]
+    run = functools.partial(launch, sizes=sizes, num_warps=config.num_warps, interpret=interpret)
+    if config.chunks == 0:
+        kernel = functools.partial(_plan_kernel, **common, align=align)
+        rows, slots, group_sizes = run(kernel, *ids, name="plan_dispatch", grid=grids[0], out_shape=plan)
+    else:
+        kernel = functools.partial(_count_kernel, **common)
+        shapes = [shape(num_items), shape(num_counts(sizes), num_experts), plan[1]]
+        found = run(kernel, *ids, name="plan_count", grid=grids[0], out_shape=shapes)
+        kernel = functools.partial(_place_kernel, **common, align=align)
+        aliases = {len(ids) + 2: 1}  # the cleared slots
+        rows, slots, group_sizes = run(
+            kernel, *ids, *found, name="plan_place", grid=grids[1], out_shape=plan, aliases=aliases
+        )
+    return rows.reshape(experts.shape), slots, group_sizes

@@ -1,16 +1,18 @@
 """Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
 
-One warp handles a token. Its choices lie in a tile [1, groups, experts of a group] whose sides are padded to powers of
-two, as order-preserving int32 keys; what is padding, or lies in a group that was dropped, has the lowest key. The
-weights are computed from the chosen logits, loaded again by id: k of them instead of E.
-
-A program is one token: nothing depends on how many there are. (A tile of several rows would be as easy to write, but
-torch's triton 3.6 miscompiles its reshape from [rows, groups, size] to [rows, experts].)
+One warp handles a token: nothing depends on how many there are. Its experts lie on the lanes (`Layout`), and what is
+done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
+enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
+(`select.quick_top_k`); such a token (one in a hundred of DeepSeek-V3's, one in ten of Kimi-K3's, with random logits and
+a small bias), and one with a NaN or an infinity, is done again by `_exact_choice`. Either way the order is that of
+scores to the last bits. The weights are computed from the chosen logits, loaded again by id: k of them instead of E.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
-from kernels_pallas.score import EXCLUDED, NAN_KEY, encode, plus_zero, score, unscaled_weights
-from kernels_pallas.select import keep_groups, top_k
+from kernels_pallas.score import (
+    EXCLUDED,
+    INFINITY,
+    NAN_KEY,
+    decode,
+    encode,
+    float_bits,
+    plus_zero,
+    quick_exp,
+    quick_reciprocal,
+    quick_score,
+    score,
+    unscaled_weights,
+)
+from kernels_pallas.select import UNKNOWN, Groups, keep_groups, quick_top_k, top_k
+
+# Steps of float32 (2**-24 of a number) by which two quick scores may be further apart than the scores: twice 87 for the
+# rounding of the exponent that still gives a normal number, and what exponential, reciprocal and sums add.
+MARGIN = 256
+# A third (since `summed` counts thrice) of the steps of 2**-24 of the largest score by which a quick score may be off.
+SCORE_ERROR = 6.0
+
+Load = Callable[[jax.Array, "jax.Array | None"], jax.Array]  # (expert ids, mask) -> float32
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,29 @@ class Rule:
     def num_ids(self) -> int:
         return self.num_experts + self.n_shared * self.replicas
 
+    @property
+    def grouped(self) -> bool:
+        """Whether some group is dropped; if not, there might as well be one."""
+        return self.n_group > self.topk_group
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(how many, how large)."""
+        count = self.n_group if self.grouped else 1
+        return count, self.num_experts // count
+
+    @property
+    def top2(self) -> bool:
+        return self.grouped and self.group_score == "top2" and self.groups[1] > 1
+
+    def by_logit(self, has_bias: bool) -> bool:
+        """Whether logits are the choices.
+
+        Softmax keeps their order, so without a bias they are: finer than scores in float32, which round different
+        logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
+        """
+        return self.scoring_func == "softmax" and not has_bias and not (self.grouped and self.group_score == "top2")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,6 +104,178 @@ def config_for(rule: Rule, target: str) -> Config:
     """How to share out a token's experts on this target ("cuda" or "rocm")."""
     del rule
     return Config(num_warps=1, lanes=64 if target == "rocm" else 32)
+
+
+def _divmod(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
+    """divmod of what is not negative."""
+    return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A token's experts on the lanes of a warp: each group on a run of lanes, neighbours in the columns of a lane."""
+
+    lanes: int
+    n_group: int
+    size: int  # of a group
+
+    @property
+    def runs(self) -> int:
+        return next_power_of_2(self.n_group)
+
+    @property
+    def run(self) -> int:
+        return self.lanes // self.runs
+
+    @property
+    def columns(self) -> int:
+        return -(-self.size // self.run)
+
+    @property
+    def full(self) -> bool:
+        return self.n_group == self.runs and self.columns * self.run == self.size
+
+    def first(self) -> jax.Array:
+        """Each lane's first expert [lanes]."""
+        group, lane = _divmod(iota((self.lanes,), 0), self.run)
+        return group * self.size + lane * self.columns
+
+    def count(self) -> jax.Array:
+        """How many experts each lane has [lanes]; not positive if none."""
+        group, lane = _divmod(iota((self.lanes,), 0), self.run)
+        return jnp.where(group < self.n_group, self.size - lane * self.columns, 0)
+
+    def expert(self, place: jax.Array) -> jax.Array:
+        """The expert at lane * next_power_of_2(columns) + column."""
+        width = next_power_of_2(self.columns)
+        if self.size == self.run * width:
+            return place
+        lane, column = _divmod(place, width)
+        group, lane = _divmod(lane, self.run)
+        return group * self.size + lane * self.columns + column
+
+    def load(self, load_at: Load, itemsize: int) -> list[jax.Array]:
+        """[lanes] for each column. A load takes as many columns as lie on an address that is a multiple of as many."""
+        width = min(self.columns & -self.columns, 16 // itemsize)
+        first, count, found = self.first()[:, None], self.count()[:, None], []
+        for start in range(0, self.columns, width):
+            column = start + iota((self.lanes, width), 1)
+            tile = load_at(first + column, None if self.full else column < count)
+            parts = jnp.split(tile, width, axis=1) if width > 1 else [tile]
+            found += [part.reshape(self.lanes) for part in parts]
+        return found
+
+    def mask(self, columns: list[jax.Array], other: Any) -> list[jax.Array]:
+        """`columns` with `other` where there is no expert."""
+        if self.full:
+            return columns
+        count = self.count()
+        return [jnp.where(c < count, column, other) for c, column in enumerate(columns)]
+
+    def depth(self, rule: Rule, picks: int) -> int:
+        """How many of a lane's experts to sort, so that one token in a hundred, at random, has more picks in a lane."""
+        lanes, depth = self.lanes * rule.topk_group // rule.n_group if rule.grouped else self.lanes, 1
+        while depth < self.columns and 100 * lanes * math.comb(picks - 1, depth) > lanes**depth:
+            depth += 1
+        return depth
+
+
+def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    return load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+
+
+def _keys_of_logits(xs: list[jax.Array], spare: bool) -> list[jax.Array]:
+    """Keys of logits; a lane that has a NaN or an infinity says that the quick search cannot answer."""
+    xs = [x * -0.0 + x for x in xs]  # -0.0 becomes 0.0 (XLA would drop a sum with 0), an infinity NaN
+    flipped = 0x7FFFE000 if spare else 0x7FFFFFFF  # the low bits of keys from 16 bits stay 0
+    keys = [bits ^ (jax.lax.shift_right_arithmetic(bits, jnp.int32(31)) & flipped) for bits in map(float_bits, xs)]
+    total = functools.reduce(jnp.add, xs)
+    return [jnp.where(total != total, UNKNOWN, keys[0]), *keys[1:]]
+
+
+def _exact_choice(
+    load_logits: Load, load_bias: Load | None, rule: Rule, slots: int, row_max: jax.Array, row_sum: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(ids [slots], row_sum, made NaN where softmax of the row is) for any input; rare, so it may take its time."""
+    n_group, size = rule.groups
+    tile = (next_power_of_2(n_group), next_power_of_2(size))
+    expert = iota(tile, 0) * size + iota(tile, 1)
+    is_expert = (iota(tile, 0) < n_group) & (iota(tile, 1) < size)
+    x = load_logits(expert, is_expert)
+    if rule.by_logit(load_bias is not None):
+        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
+        seen = jnp.max(jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf))
+        row_sum = row_sum + jnp.where(jnp.abs(seen) == jnp.inf, jnp.float32(jnp.nan), jnp.float32(0.0))
+        key = jnp.where(row_sum[:, None] != row_sum[:, None], NAN_KEY, encode(plus_zero(x)))
+    else:
+        softmax = rule.scoring_func == "softmax"
+        choice = jnp.exp(x - row_max[:, None]) / row_sum[:, None] if softmax else score(x, rule.scoring_func)
+        key = encode(choice if load_bias is None else choice + load_bias(expert, is_expert))
+    key = jnp.where(is_expert, key, EXCLUDED)
+    if rule.grouped:
+        key = keep_groups(key, n_group, rule.topk_group, rule.top2)
+    place = top_k(key.reshape(tile[0] * tile[1]), rule.top_k, slots)
+    group, member = _divmod(place, tile[1])
+    return group * size + member, row_sum
+
+
+def _choice(
+    load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids [slots], row_max [1], row_sum [1]): the chosen experts, and what softmax's weights need of the others."""
+    softmax, by_logit = rule.scoring_func == "softmax", rule.by_logit(load_bias is not None)
+    spare = by_logit and itemsizes[0] == 2  # 16 bits leave 13 bits of a float32 zero: a place fits in
+    picks = rule.top_k + (not spare)
+    layout = Layout(config.lanes, *rule.groups)
+    quick = layout.runs <= layout.lanes and picks <= layout.size * (rule.topk_group if rule.grouped else 1)
+    if not quick:
+        layout = Layout(config.lanes, 1, rule.num_experts)
+
+    xs = layout.load(load_logits, itemsizes[0])
+    row_max = row_sum = jnp.zeros((1,), jnp.float32)
+    if softmax and not (by_logit and rule.renormalize):
+        low = layout.mask(xs, -jnp.inf)
+        row_max = decode(jnp.max(encode(functools.reduce(jnp.maximum, low))))[None]
+        exps = [quick_exp(x - row_max) for x in low]
+        row_sum = jnp.sum(functools.reduce(jnp.add, exps), keepdims=True)
+    exact = lambda: _exact_choice(load_logits, load_bias, rule, slots, row_max, row_sum)
+    if not quick:
+        ids, row_sum = exact()
+        return ids, row_max, row_sum
+
+    summed: jax.Array | None = None
+    if by_logit:
+        keys = _keys_of_logits(xs, spare)
+    else:
+        if softmax:
+            scores = [e * quick_reciprocal(row_sum) for e in exps]
+        else:
+            scores = [quick_score(x, rule.scoring_func) for x in xs]
+        if load_bias is None:
+            keys = [float_bits(s) for s in scores]
+        else:
+            # A common term decides nothing, so biases count from expert 0's: what is ahead of expert 0 is not negative
+            # then, as `least` asks, and a large bias takes no bits from the scores.
+            biases, first = layout.load(load_bias, itemsizes[1]), load_bias(jnp.int32(0), None)
+            keys = [float_bits(s + (b - first)) for s, b in zip(scores, biases, strict=True)]
+            largest: Any = 1.0  # score that there can be
+            if softmax:
+                largest = quick_reciprocal(row_sum)[0]
+            elif rule.scoring_func != "sigmoid":
+                largest = decode(jnp.max(float_bits(functools.reduce(jnp.maximum, scores))))
+            summed = jnp.abs(first) + SCORE_ERROR * largest
+    place, sure = quick_top_k(
+        layout.mask(keys, EXCLUDED),
+        rule.top_k,
+        slots,
+        groups=Groups(layout.runs, rule.n_group, rule.topk_group, rule.top2) if rule.grouped else None,
+        depth=layout.depth(rule, picks),
+        margin=None if spare else 0 if by_logit else MARGIN,
+        least=-INFINITY if by_logit else 0,
+        summed=summed,
+    )
+    ids, row_sum = jax.lax.cond(sure, lambda: (layout.expert(place), row_sum), exact)
+    return ids, row_max, row_sum
 
 
 def _route_kernel(
@@ -79,59 +297,32 @@ def _route_kernel(
     weights_ref, experts_ref, *load_ref = refs_in
 
     row = pl.program_id(0)
-    k, softmax = rule.top_k, rule.scoring_func == "softmax"
-    grouped = rule.n_group > rule.topk_group
-    n_group = rule.n_group if grouped else 1
-    size = rule.num_experts // n_group
-    groups, padded = next_power_of_2(n_group), next_power_of_2(size)
-    # Softmax keeps the order of the logits, so without a bias they are the choice: finer than scores in float32, which
-    # round different logits to one score, and no exp for E experts. The sum of two needs the scores themselves.
-    by_logit = softmax and bias_ref is None and not (grouped and rule.group_score == "top2")
-
-    tile, flat = (1, groups, padded), (1, groups * padded)
-    expert = iota(tile, 1) * size + iota(tile, 2)
-    is_expert = (iota(tile, 1) < n_group) & (iota(tile, 2) < size)
-    x = load(logits_ref.at[row, column + expert], mask=is_expert, other=0.0).astype(jnp.float32)
-
-    row_max = row_sum = jnp.zeros((1, 1), jnp.float32)
-    choice = x
-    if softmax and not (by_logit and rule.renormalize):
-        low = jnp.where(is_expert, x, -jnp.inf).reshape(flat)
-        row_max = jnp.max(low, axis=1, keepdims=True)
-        exp = jnp.where(is_expert.reshape(flat), jnp.exp(low - row_max), 0.0)
-        row_sum = jnp.sum(exp, axis=1, keepdims=True)
-        choice = (exp / row_sum).reshape(tile)
-    if by_logit:
-        key = encode(plus_zero(x))
-        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
-        seen = jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf).reshape(flat)
-        row_sum += jnp.where(jnp.abs(jnp.max(seen, axis=1, keepdims=True)) == jnp.inf, jnp.nan, 0.0)
-        key = jnp.where((row_sum != row_sum)[:, :, None], NAN_KEY, key)
-    else:
-        if not softmax:
-            choice = score(x, rule.scoring_func)
-        if bias_ref is not None:
-            choice = choice + load(bias_ref.at[expert], mask=is_expert, other=0.0).astype(jnp.float32)
-        key = encode(choice)
-    key = jnp.where(is_expert, key, EXCLUDED)
-    if grouped:
-        key = keep_groups(key, n_group, rule.topk_group, top2=rule.group_score == "top2" and size > 1)
-
     slots = next_power_of_2(rule.num_slots)
-    spare_bits = 13 if by_logit and logits_ref.dtype != jnp.float32 else 0  # float16 leaves 13 bits of a float32 alone
-    ids = top_k(key.reshape(flat), k, slots, lanes=config.lanes, spare_bits=spare_bits)
-    if size != padded:  # position in the padded tile -> expert
-        ids = (ids // padded) * size + ids % padded
 
-    slot = iota((1, slots), 1)
-    chosen = load(logits_ref.at[row, column + ids], mask=slot < k, other=0.0).astype(jnp.float32)
+    def load_logits(expert: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return _load(logits_ref.at[row, column + expert], mask)
+
+    load_bias: Load | None = None
+    itemsizes = (logits_ref.dtype.itemsize, 0)
+    if bias_ref is not None:
+        load_bias = lambda expert, mask: _load(bias_ref.at[expert], mask)
+        itemsizes = (itemsizes[0], bias_ref.dtype.itemsize)
+    ids, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots)
+
+    slot = iota((slots,), 0)
+    routed = slot < rule.top_k
     weights = rule.scale * unscaled_weights(
-        chosen, slot < k, scoring_func=rule.scoring_func, renormalize=rule.renormalize, row_max=row_max, row_sum=row_sum
+        load_logits(ids, routed),
+        routed,
+        scoring_func=rule.scoring_func,
+        renormalize=rule.renormalize,
+        row_max=row_max,
+        row_sum=row_sum,
     )
     if rule.n_shared:
-        shared = rule.num_experts + (slot - k) * rule.replicas + row % rule.replicas
-        ids = jnp.where(slot < k, ids, shared)
-        weights = jnp.where(slot < k, weights, rule.shared_weight)
+        shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + row % rule.replicas
+        ids = jnp.where(routed, ids, shared)
+        weights = jnp.where(routed, weights, rule.shared_weight)
     if valid_ref is not None:
         num_valid_tokens = valid_ref[0]
     if num_valid_tokens is not None:

@@ -1,43 +1,52 @@
 """Selecting groups and experts by key, in registers: what routing spends its time on.
 
-Keys are int32 that compare as the choices do (`score.encode`); Triton turns an integer maximum across a warp into one
-`redux` instruction. A tile is one token's, [1, N], N a power of two.
+Keys are int32 that compare as the choices do; Triton turns an integer maximum across a warp into one `redux`
+instruction. `keep_groups` and `top_k` are exact for every key. `quick_top_k` costs a third, and says whether it can be
+trusted; where it cannot, the exact search has to follow.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.launch import iota
-from kernels_pallas.score import EXCLUDED, decode, encode, plus_zero
+from kernels_pallas.launch import iota, next_power_of_2
+from kernels_pallas.score import EXCLUDED, INFINITY, decode, encode, float_bits, plus_zero
 
 MANY_GROUPS = 32
+UNKNOWN = 2**31 - 1  # a key above every number: the quick search cannot answer
+# A pick may be this many times smaller than what was rounded on the way to it. Six roundings of half a step in each of
+# two picks must fit into the 256 steps of `route.MARGIN`, of the pick or of the sum of two that a group has: 256 / 6.
+RANGE = 32.0
 
 
 def keep_groups(key: jax.Array, n_group: int, topk_group: int, top2: bool) -> jax.Array:
-    """key [1, G, size] with all keys outside the best `topk_group` of the `n_group` groups excluded."""
-    top = jnp.max(key, axis=2)
+    """key [G, size] with all keys outside the best `topk_group` of the `n_group` groups excluded."""
+    top = jnp.max(key, axis=1)
     group = top
     if top2:
-        at_top = key == top[:, :, None]
-        again = jnp.sum(at_top, axis=2, dtype=jnp.int32) > 1
-        second = jnp.where(again, top, jnp.max(jnp.where(at_top, EXCLUDED, key), axis=2))
+        at_top = key == top[:, None]
+        again = jnp.sum(at_top, axis=1, dtype=jnp.int32) > 1
+        second = jnp.where(again, top, jnp.max(jnp.where(at_top, EXCLUDED, key), axis=1))
         # The sum of two numbers is a number or, inf - inf, NaN; a second choice that is NaN makes the sum NaN.
         group = encode(plus_zero(decode(top) + decode(second)))
-    group = jnp.where(iota(group.shape, 1) < n_group, group, EXCLUDED)
-    kept = _best_of_many(group, topk_group) if group.shape[1] > MANY_GROUPS else _best_of_few(group, topk_group)
-    return jnp.where(kept[:, :, None], key, EXCLUDED)
+    group = jnp.where(iota(group.shape, 0) < n_group, group, EXCLUDED)
+    kept = _best_of_many(group, topk_group) if group.shape[0] > MANY_GROUPS else _best_of_few(group, topk_group)
+    return jnp.where(kept[:, None], key, EXCLUDED)
 
 
 def _best_of_few(key: jax.Array, k: int) -> jax.Array:
-    """Which of key [1, G] are among the k largest: those that fewer than k others beat, all pairs at once."""
-    groups = key.shape[1]
-    mine, theirs = key[:, :, None], key[:, None, :]
-    beats = (theirs > mine) | ((theirs == mine) & (iota((1, groups, groups), 2) < iota((1, groups, groups), 1)))
-    return jnp.sum(beats, axis=2, dtype=jnp.int32) < k
+    """Which of key [G] are among the k largest: those that fewer than k others beat, all pairs at once."""
+    mine, theirs = key[:, None], key[None, :]
+    pairs = (key.shape[0], key.shape[0])
+    beats = (theirs > mine) | ((theirs == mine) & (iota(pairs, 1) < iota(pairs, 0)))
+    return jnp.sum(beats, axis=1, dtype=jnp.int32) < k
 
 
 def _best_of_many(key: jax.Array, k: int) -> jax.Array:
@@ -50,76 +59,160 @@ def _best_of_many(key: jax.Array, k: int) -> jax.Array:
     least = jax.lax.fori_loop(0, 32, step, jnp.int32(-(2**31)))
     equal = key == least
     room = k - jnp.sum(key > least, dtype=jnp.int32)
-    return (key > least) | (equal & (jnp.cumsum(equal.astype(jnp.int32), axis=1, dtype=jnp.int32) <= room))
+    return (key > least) | (equal & (jnp.cumsum(equal.astype(jnp.int32), dtype=jnp.int32) <= room))
 
 
-def top_k(key: jax.Array, k: int, num_slots: int, *, lanes: int, spare_bits: int) -> jax.Array:
-    """Positions [1, num_slots] of the k largest keys [1, N] in falling order, a tie to the lower one; then zeros.
-
-    Each key gives up its low bits to its own position, so that keys are distinct and carry their place: then minima and
-    maxima alone sort each lane's keys, and a pick is one maximum over the lanes' first, after which the lane that had
-    it moves up. If two neighbours in the result differ only in bits that were given up (about one token in a hundred
-    with float32 scores), or do not differ at all, the exact search decides. `spare_bits` low bits are known to decide
-    nothing (logits of 16 bits): where positions fit into them there is nothing to check.
-    """
-    n = key.shape[1]
-    lanes = min(lanes, n)
-    place = n - 1  # a mask: n is a power of two
-    packed = (key & ~place) | (place - iota(key.shape, 1))
-    columns = _split(packed.reshape(lanes, n // lanes))
-    for a, b in _sorting_network(len(columns)):
-        columns[a], columns[b] = jnp.maximum(columns[a], columns[b]), jnp.minimum(columns[a], columns[b])
-
-    check = place.bit_length() > spare_bits and n > 1
-    picks = min(k + check, n)
-    slot = iota((1, num_slots), 1)
-    found = jnp.zeros((1, num_slots), jnp.int32)
-    tops: list[jax.Array] = []
-    for j in range(picks):
-        tops.append(jnp.max(columns[0]))
-        if j < k:
-            found = jnp.where(slot == j, place - (tops[j] & place), found)
-        at = columns[0] == tops[j]
-        left = [*columns[1:], jnp.full_like(at, EXCLUDED, dtype=jnp.int32)]
-        needed = min(len(columns), picks - 1 - j)
-        columns = [jnp.where(at, left[i], columns[i]) for i in range(needed)]
-    if not check:
-        return found
-    close = [(a ^ b) & ~place == 0 for a, b in itertools.pairwise(tops)]
-    if not close:
-        return found
-    ambiguous = close[0]
-    for other in close[1:]:
-        ambiguous = ambiguous | other
-    return jax.lax.cond(ambiguous, lambda: _top_k_exact(key, k, num_slots), lambda: found)
-
-
-def _top_k_exact(key: jax.Array, k: int, num_slots: int) -> jax.Array:
-    """The same by whole keys: the largest, then the lowest position that has it, k times."""
-    position, slot = iota(key.shape, 1), iota((1, num_slots), 1)
+def top_k(key: jax.Array, k: int, num_slots: int) -> jax.Array:
+    """Positions [num_slots] of the k largest keys [N] in falling order, a tie to the lower one; then zeros."""
+    position, slot = iota(key.shape, 0), iota((num_slots,), 0)
 
     def step(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         key, found = state
-        top = jnp.max(key, axis=1, keepdims=True)
-        at = jnp.min(jnp.where(key == top, position, key.shape[1]), axis=1, keepdims=True)
+        at = jnp.min(jnp.where(key == jnp.max(key), position, key.shape[0]))
         return jnp.where(position == at, EXCLUDED, key), jnp.where(slot == j, at, found)
 
-    return jax.lax.fori_loop(0, k, step, (key, jnp.zeros((1, num_slots), jnp.int32)))[1]
+    return jax.lax.fori_loop(0, k, step, (key, jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
-def _split(x: jax.Array) -> list[jax.Array]:
-    """The columns of x [lanes, n]."""
-    n = x.shape[1]
-    return [c.reshape(x.shape[0]) for c in jnp.split(x, n, axis=1)] if n > 1 else [x.reshape(x.shape[0])]
+@dataclass(frozen=True)
+class Groups:
+    """Lanes in `runs` equal runs, a group each: the first `n_group` count, and the best `topk_group` of them stay."""
+
+    runs: int
+    n_group: int
+    topk_group: int
+    top2: bool  # a group's score is the sum of its two largest choices (their bits are the keys), else its largest key
 
 
-def _sorting_network(n: int) -> list[tuple[int, int]]:
-    """Batcher's odd-even merge sort: which pairs to put in order, one after another."""
-    pairs = []
-    for p in (1 << i for i in range(n.bit_length() - 1)):
-        for k in (p >> i for i in range(p.bit_length())):
-            for j in range(k % p, n - k, 2 * k):
-                pairs += [
-                    (i + j, i + j + k) for i in range(min(k, n - j - k)) if (i + j) // (2 * p) == (i + j + k) // (2 * p)
-                ]
-    return pairs
+def quick_top_k(
+    keys: Sequence[jax.Array],
+    k: int,
+    num_slots: int,
+    *,
+    groups: Groups | None,
+    depth: int,
+    margin: int | None,
+    least: int,
+    summed: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Places [num_slots] of the k largest keys in falling order, and whether they are sure to be right.
+
+    keys: a tensor [lanes] for each column; the place of a key is lane * next_power_of_2(columns) + column.
+
+    A key gives up its low bits to its place, so that all keys are distinct and carry their place. Minima and maxima
+    alone then sort each lane's keys; a pick is one maximum over the lanes' first, and the lane that had it moves up.
+
+    The result is not sure where two keys that had to be told apart differ by no more than `margin` and what was given
+    up (None: the low bits are known to decide nothing), where more than `depth` picks fall on one lane, since only so
+    many of each are sorted, and where a pick is below `least`, infinite or NaN.
+
+    `summed`: keys are the bits of sums that, as the caller defines them, are rounded at up to this much more than the
+    largest pick. `margin` steps of a pick hold that rounding unless the pick is far smaller: then it is not sure.
+    """
+    lanes, width = keys[0].shape[0], next_power_of_2(len(keys))
+    mask = lanes * width - 1
+    last = mask - iota((lanes,), 0) * width
+    cleared = keys if margin is None else [key & ~mask for key in keys]
+    columns = _best_of_lane([key | (last - c) for c, key in enumerate(cleared)], depth)
+
+    gap = 0 if margin is None else mask + margin
+    highest, signs = [], []  # sure: the highest are numbers, and nothing in signs is negative
+    if groups is not None:
+        score = _group_scores(columns, groups)
+        tops = _picks([score], groups.topk_group + 1, end=EXCLUDED)
+        kept, dropped = tops[-2:]
+        columns[0] = jnp.where(score >= kept, columns[0], EXCLUDED)
+        highest, signs = [tops[0]], [jnp.minimum(kept, 0) - least]
+        if gap:
+            signs.append(kept - dropped - (3 if groups.top2 else 1) * gap)  # twice the error, and the group's number
+
+    # Behind a lane's last: nothing if it had no more, else what is found out.
+    end = EXCLUDED if depth >= len(keys) else None if gap else UNKNOWN
+    tops = _picks(columns, k + (gap > 0), end)
+    highest += [tops[0], tops[-1]]
+    signs.append(jnp.minimum(tops[-1], 0) - least)
+    if gap:
+        signs.append(functools.reduce(jnp.minimum, [a - b for a, b in itertools.pairwise(tops)]) - (gap + 1))
+    sure = (functools.reduce(jnp.maximum, highest) < INFINITY) & (functools.reduce(operator.or_, signs) >= 0)
+    if summed is not None:
+        lowest = tops[-1] if groups is None else jnp.minimum(kept, tops[-1])
+        sure = sure & (RANGE * _float(lowest) >= _float(tops[0]) + summed)
+    found = _by_slot(tops[:k], iota((num_slots,), 0))
+    return mask - (found & mask), sure
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _group_scores(columns: Sequence[jax.Array], groups: Groups) -> jax.Array:
+    """The score of each lane's group [lanes]: distinct keys, since they carry a place or the group's number."""
+    lanes, runs = columns[0].shape[0], groups.runs
+    first = columns[0].reshape(runs, lanes // runs)
+    score = jnp.max(first, axis=1, keepdims=True)
+    if groups.top2:
+        below = columns[1].reshape(first.shape) if len(columns) > 1 else jnp.full_like(first, EXCLUDED)
+        second = jnp.max(jnp.where(first == score, below, first), axis=1, keepdims=True)
+        number = _float(score) + _float(second)
+        group = iota((runs, 1), 0)
+        score = jnp.where(second < 0, UNKNOWN, (float_bits(number) & -runs) | (runs - 1 - group))
+        if groups.n_group < runs:
+            score = jnp.where(group < groups.n_group, score, EXCLUDED)
+    return jnp.broadcast_to(score, first.shape).reshape(lanes)
+
+
+def _picks(columns: Sequence[jax.Array], count: int, end: int | None) -> list[jax.Array]:
+    """The `count` largest of all lanes' keys, each lane's sorted; behind its last comes `end`, or that key again."""
+    tops: list[jax.Array] = []
+    for left in reversed(range(count)):
+        tops.append(jnp.max(columns[0]))
+        at = columns[0] == tops[-1]
+        under = [*columns[1:], columns[-1] if end is None else jnp.full_like(columns[0], end)]
+        columns = [jnp.where(at, u, c) for u, c in zip(under[:left], columns, strict=False)]
+    return tops
+
+
+def _by_slot(values: Sequence[jax.Array], slot: jax.Array) -> jax.Array:
+    """values[s] where slot is s, chosen by the bits of s; any of them where slot is beyond."""
+    values, bit = list(values), 1
+    while len(values) > 1:
+        pairs = itertools.zip_longest(values[::2], values[1::2], fillvalue=values[-1])
+        values = [jnp.where(slot & bit != 0, b, a) for a, b in pairs]
+        bit *= 2
+    return jnp.broadcast_to(values[0], slot.shape)
+
+
+def _best_of_lane(columns: Sequence[jax.Array], depth: int) -> list[jax.Array]:
+    """Each lane's `depth` largest in falling order, one column after another."""
+    runs = [_sorted(list(columns[i : i + 4]))[:depth] for i in range(0, len(columns), 4)]
+    while len(runs) > 1:
+        odd = runs[-1:] if len(runs) % 2 else []
+        runs = [_merged(a, b, depth) for a, b in zip(runs[::2], runs[1::2], strict=False)] + odd
+    return runs[0]
+
+
+def _sort_pairs(columns: list[jax.Array], pairs: Sequence[tuple[int, int]]) -> list[jax.Array]:
+    for a, b in pairs:
+        columns[a], columns[b] = jnp.maximum(columns[a], columns[b]), jnp.minimum(columns[a], columns[b])
+    return columns
+
+
+def _sorted(columns: list[jax.Array]) -> list[jax.Array]:
+    """Up to four columns in falling order."""
+    return _sort_pairs(columns, [(a, b) for a, b in ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2)) if b < len(columns)])
+
+
+def _merged(a: Sequence[jax.Array], b: Sequence[jax.Array], depth: int) -> list[jax.Array]:
+    """The `depth` largest of two falling runs, in falling order: a bitonic merge.
+
+    The larger of the i-th of one run and the i-th from the end of the other are the largest, first falling, then
+    rising. To make them a power of two, think of infinities in front: comparing with these changes nothing.
+    """
+    n = min(depth, len(a) + len(b))
+    pairs = [(a[i : i + 1], b[n - 1 - i : n - i]) for i in range(n)]
+    best = [functools.reduce(jnp.maximum, [*x, *y]) for x, y in pairs]
+    size = next_power_of_2(n)
+    front, steps = size - n, [size >> s for s in range(1, size.bit_length())]
+    return _sort_pairs(
+        best, [(i - front, i + step - front) for step in steps for i in range(front, size) if not i & step]
+    )

@@ -50,24 +50,30 @@ def plan_dispatch(
         slots.fill_(-1)
         group_sizes.zero_()
         return
-    config = plan_kernels.config_for(num_items, num_experts, _platform())
+    config = plan_kernels.config_for(num_items, num_experts, align, _platform())
     sizes = plan_kernels.sizes_for(num_items, num_experts, align, config)
-    counts = experts.new_empty(sizes["chunks"] * num_experts)
+    grids, numbers = plan_kernels.grids_for(num_experts, sizes, config), sizes.values()
     ids = [experts.data_ptr()]
     if expert_map is not None:
         ids.append(expert_map.data_ptr())
     outs = rows.data_ptr(), slots.data_ptr(), group_sizes.data_ptr()
-    count, place = _plan(
+    scratch: list[torch.Tensor] = []
+    if config.chunks:  # the pairs of each block in order, and the counts
+        scratch = [experts.new_empty(n) for n in (num_items, plan_kernels.num_counts(sizes) * num_experts)]
+    between = [tensor.data_ptr() for tensor in scratch]
+    kernels = _plan(
         num_experts,
         align,
         None if expert_map is None else expert_map.numel(),
         config,
-        aligned(*ids, *outs, counts.data_ptr()),
+        aligned(*ids, *outs, *between),
         experts.get_device(),
     )
-    chunks, numbers = sizes["chunks"], sizes.values()
-    count(chunks, 1, *ids, *numbers, counts.data_ptr(), outs[1])
-    place(chunks, 1, *ids, counts.data_ptr(), outs[1], *numbers, *outs)
+    if not config.chunks:
+        kernels[0](grids[0], 1, *ids, *numbers, *outs)
+        return
+    kernels[0](grids[0], 1, *ids, *numbers, *between, outs[1])
+    kernels[1](grids[1], 1, *ids, *between, outs[1], *numbers, *outs)
 
 
 @functools.cache
@@ -121,7 +127,8 @@ def dispatch(
         x.get_device(),
     )
     config = dispatch_kernels.config_for(width, JAX_DTYPES[out.dtype], _platform())
-    kernel(*dispatch_kernels.grid_for(num_tokens, num_rows, width, config), *ins, num_tokens, num_rows, into)
+    (programs,) = dispatch_kernels.grid_for(num_tokens, num_rows, width, config)
+    kernel(programs, 1, *ins, num_tokens, num_rows, into)
 
 
 @functools.cache

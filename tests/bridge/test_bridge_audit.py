@@ -29,7 +29,7 @@ SIZES = ["--tokens", "9", "--hidden", "64", "--inner", "24", "--experts", "16"]
 KERNELS = {
     "router_logits": {"router_logits": 1},
     "route": {"route": 1},
-    "plan_dispatch": {"plan_count": 1, "plan_place": 1},
+    "plan_dispatch": {"plan_dispatch": 1},
     "dispatch": {"dispatch": 1},
     "experts": {"gated_matmul": 1, "grouped_matmul": 1},
     "combine": {"combine": 1},

@@ -21,8 +21,7 @@ LAYER = audit.Layer(tokens=33, hidden=256, inner=128, experts=32, dtype="bfloat1
 KERNELS = [
     "router_logits",
     "route",
-    "plan_count",
-    "plan_place",
+    "plan_dispatch",
     "dispatch",
     "gated_matmul",
     "grouped_matmul",

@@ -42,20 +42,24 @@ def test_checks_reject_wrong_plans() -> None:
             pytest.fail(f"not caught: {name}", pytrace=False)
 
 
-@pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("chunks", [1, 3, 7])
-def test_however_the_pairs_are_cut(block: int, chunks: int) -> None:
-    """Several chunks, several blocks a chunk, a ragged end: the same plan."""
-    experts = jnp.asarray(np.random.default_rng(0).integers(-1, 9, (61, 3)), I32)
+@pytest.mark.parametrize("align", [1, 4])
+@pytest.mark.parametrize(
+    ("block", "chunks"),
+    [(16, 0), (32, 0), (128, 1), (128, 3), (128, 16), (256, 2)],
+    ids=lambda number: str(number),
+)
+def test_however_the_pairs_are_cut(block: int, chunks: int, align: int) -> None:
+    """One launch or two, blocks in chunks that are not all full, a ragged end: the same plan."""
+    experts = jnp.asarray(np.random.default_rng(0).integers(-1, 70, (191, 5)), I32)
     plan = kernels.plan_dispatch(
         experts,
         None,
-        num_experts=9,
-        align=4,
+        num_experts=69,
+        align=align,
         config=kernels.Config(block, chunks, num_warps=4),
         interpret=True,
     )
-    check_plan(jaxmoe.DispatchPlan(*plan), experts, 9, 4)
+    check_plan(jaxmoe.DispatchPlan(*plan), experts, 69, align)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

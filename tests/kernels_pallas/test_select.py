@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -9,49 +10,112 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import score, select
+from kernels_pallas import route, score, select
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 16])
-def test_sorting_network_sorts(n: int) -> None:
-    """It sorts every sequence of zeros and ones, so it sorts every sequence."""
-    pairs = select._sorting_network(n)
-    values = np.array(list(itertools.product([0, 1], repeat=n)))
-    for a, b in pairs:
-        assert a < b
-        values[:, a], values[:, b] = np.maximum(values[:, a], values[:, b]), np.minimum(values[:, a], values[:, b])
-    assert (np.diff(values, axis=1) <= 0).all()
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 12])
+@pytest.mark.parametrize("depth", [1, 2, 4, 5, 12])
+def test_best_of_lane(n: int, depth: int) -> None:
+    """It orders every sequence of zeros and ones, so it orders every sequence."""
+    values = np.array(list(itertools.product([0, 1], repeat=n)), np.int32)
+    best = select._best_of_lane([jnp.asarray(column) for column in values.T], depth)
+    want = -np.sort(-values, axis=1)[:, :depth]
+    np.testing.assert_array_equal(np.stack(best, axis=1), want)
 
 
 def falling(key: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-key.astype(np.int64), kind="stable")[:k]
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "lanes"),
-    [(1, 1, 32), (2, 2, 32), (16, 5, 32), (64, 8, 32), (64, 8, 64), (256, 8, 32), (512, 22, 64), (1024, 32, 32)],
-)
-def test_top_k(n: int, k: int, lanes: int) -> None:
-    """From keys that are nearly all equal, or differ in bits that are given up, to keys far apart."""
-    pick = jax.jit(lambda key: select.top_k(key[None], k, score_slots(k), lanes=lanes, spare_bits=0)[0])
-    for spread in (1, 3, 300, 2**31 - 1):
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 2), (16, 5), (64, 8), (256, 8), (1024, 32)])
+def test_top_k(n: int, k: int) -> None:
+    """From keys that are nearly all equal to keys far apart."""
+    slots = 1 << (k - 1).bit_length()
+    pick = jax.jit(lambda key: select.top_k(key, k, slots))
+    for spread in (1, 300, 2**31 - 1):
         key = np.random.default_rng(n + spread).integers(-spread, spread, n).astype(np.int32)
         found = pick(jnp.asarray(key))
         np.testing.assert_array_equal(found[:k], falling(key, k))
         assert not found[k:].any()
 
 
-def score_slots(k: int) -> int:
-    return 1 << (k - 1).bit_length()
+def quick(
+    key: np.ndarray, k: int, *, depth: int = 32, margin: int | None = 0, groups: select.Groups | None = None
+) -> tuple[np.ndarray, bool]:
+    """Of key [lanes, columns], a power of two of them: a place is a position in it."""
+    slots = 1 << (k - 1).bit_length()
+    columns = [jnp.asarray(column) for column in key.T]
+    place, sure = select.quick_top_k(columns, k, slots, groups=groups, depth=depth, margin=margin, least=0)
+    return np.asarray(place)[:k], bool(sure)
 
 
-def test_bits_that_decide_are_not_spare() -> None:
-    """What `spare_bits` promises matters: with a false promise the result is wrong."""
-    key = np.arange(64, dtype=np.int32)
-    found = select.top_k(jnp.asarray(key)[None], 4, 4, lanes=32, spare_bits=6)
-    assert found[0].tolist() != [63, 62, 61, 60]
-    found = select.top_k(jnp.asarray(key << 6)[None], 4, 4, lanes=32, spare_bits=6)
-    assert found[0].tolist() == [63, 62, 61, 60]
+def positive(seed: int, *shape: int) -> np.ndarray:
+    return np.exp2(np.random.default_rng(seed).uniform(-8, 0, shape)).astype(np.float32).view(np.int32)
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize(("columns", "k", "depth"), [(1, 4, 1), (4, 8, 4), (8, 8, 5), (16, 10, 4), (32, 16, 5)])
+def test_quick_top_k(columns: int, k: int, depth: int, lanes: int) -> None:
+    sure = 0
+    for seed in range(40):
+        key = positive(seed, lanes, columns)
+        place, certain = quick(key, k, depth=depth)
+        if certain:
+            sure += 1
+            np.testing.assert_array_equal(place, falling(key.ravel(), k))
+    assert sure >= 16
+
+
+def test_what_is_not_sure() -> None:
+    """A tie, a difference within the margin, too many on a lane, and what is no number or negative."""
+    base = 0x3F000000 + (np.arange(128, dtype=np.int32).reshape(32, 4) << 14)
+    assert quick(base, 4)[1]
+    assert quick(base, 4)[0].tolist() == [127, 126, 125, 124]
+
+    def changed(**values: int) -> np.ndarray:
+        key = base.copy()
+        for at, value in values.items():
+            key.ravel()[int(at[1:])] = value
+        return key
+
+    top = int(base.max())
+    assert not quick(changed(_3=top), 4)[1]  # with the first
+    assert not quick(changed(_3=int(base.ravel()[124])), 4)[1]  # the last pick and the one after it
+    assert quick(changed(_3=int(base.ravel()[100])), 4)[1]  # further down
+    assert not quick(base, 4, margin=1 << 14)[1]
+    assert not quick(base, 4, depth=3)[1]
+    assert quick(base, 2, depth=3)[1]
+    assert not quick(changed(_3=0x7FC00000), 4)[1]
+    assert not quick(changed(_3=score.INFINITY), 4)[1]
+    assert quick(changed(_3=-5), 4)[1]
+    assert not quick(np.where(base < base.ravel()[125], -5, base), 4)[1]
+
+
+def test_low_bits_that_decide_are_not_spare() -> None:
+    """What margin=None promises matters: with a false promise the result is wrong."""
+    key = np.arange(64, dtype=np.int32).reshape(32, 2)
+    assert quick(key, 4, margin=None)[0].tolist() != [63, 62, 61, 60]
+    assert quick(key << 6, 4, margin=None)[0].tolist() == [63, 62, 61, 60]
+    tied = np.full((32, 2), 1 << 20, np.int32)
+    place, sure = quick(tied, 4, margin=None)
+    assert sure
+    assert place.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("top2", [True, False])
+@pytest.mark.parametrize(("runs", "n_group", "topk_group"), [(8, 8, 4), (8, 5, 2), (4, 3, 1), (32, 32, 3)])
+def test_quick_groups(runs: int, n_group: int, topk_group: int, top2: bool) -> None:
+    groups, sure = select.Groups(runs, n_group, topk_group, top2), 0
+    for seed in range(40):
+        key = positive(seed, 32, 4)
+        by_group = key.reshape(runs, -1)
+        by_group[n_group:] = score.EXCLUDED
+        kept = np.asarray(select.keep_groups(jnp.asarray(by_group), n_group, topk_group, top2))
+        place, certain = quick(key, 4, groups=groups)
+        if certain:
+            sure += 1
+            np.testing.assert_array_equal(place, falling(kept.ravel(), 4))
+    assert sure >= 30
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8, 32, 64, 1024])
@@ -65,7 +129,7 @@ def test_best_groups(groups: int, spread: int) -> None:
         for best in (select._best_of_few, select._best_of_many):
             if groups > 64 and best is select._best_of_few:
                 continue
-            np.testing.assert_array_equal(best(jnp.asarray(key)[None], k)[0], want)
+            np.testing.assert_array_equal(best(jnp.asarray(key), k), want)
 
 
 def test_keys_order_as_numbers_do() -> None:
@@ -77,3 +141,35 @@ def test_keys_order_as_numbers_do() -> None:
     assert (np.diff(key[2:].astype(np.int64)) > 0).all()
     np.testing.assert_array_equal(score.decode(jnp.asarray(key)), values)
     assert score.encode(score.plus_zero(jnp.float32(-0.0))) == score.encode(jnp.float32(0.0))
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_keys_of_logits(spare: bool) -> None:
+    """They order as the logits do, also compiled; a lane with a NaN or an infinity says so; spare bits are 0."""
+    keys_of = jax.jit(functools.partial(route._keys_of_logits, spare=spare))
+    values = jnp.asarray([-3e38, -2.5, -1e-30, -0.0, 0.0, 1e-30, 2.5, 3e38]).astype(jnp.bfloat16).astype(jnp.float32)
+    (key,) = keys_of([values])
+    assert (np.diff(np.asarray(key, np.int64)) > 0).tolist() == [True, True, True, False, True, True, True]
+    assert key[3] == key[4]
+    assert not spare or not (np.asarray(key) & 0x1FFF).any()
+    bad = jnp.asarray([1.0, np.nan, -np.nan, np.inf, -np.inf], jnp.float32)
+    assert (np.asarray(keys_of([jnp.ones(5), bad])[0]) == select.UNKNOWN).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
+def test_quick_score(scoring_func: str) -> None:
+    """Off by less than half of route.MARGIN, in steps of 2**-24."""
+    x = np.linspace(-80, 80, 40001, dtype=np.float32)
+    wide = x.astype(np.float64)
+    want = 1 / (1 + np.exp(-wide)) if scoring_func == "sigmoid" else np.sqrt(np.logaddexp(0, wide))
+    error = np.abs(np.asarray(score.quick_score(jnp.asarray(x), scoring_func)) / want - 1)
+    assert error.max() < 0.5 * route.MARGIN * 2.0**-24
+    exact = np.abs(np.asarray(score.score(jnp.asarray(x), scoring_func)) / want - 1)
+    assert exact.max() < 4e-7
+
+
+def test_log1p_ratio() -> None:
+    u = np.linspace(0, 1, 100001, dtype=np.float32)[1:]
+    want = np.log1p(u.astype(np.float64)) / u
+    assert np.abs(np.asarray(score.log1p_ratio(jnp.asarray(u))) / want - 1).max() < 2.0**-22
+    assert score.log1p_ratio(jnp.float32(0.0)) == 1.0
