@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -91,7 +92,10 @@ class Work:
         self.prompt = make(1, sizes.prefill, sizes.hidden)
         self.tokens = make(sizes.batch, 1, sizes.hidden)
         self.cache: Any = StaticCache(config=model.config, max_cache_len=sizes.past + 1)
-        model(inputs_embeds=make(sizes.batch, sizes.past, sizes.hidden), past_key_values=self.cache, use_cache=True)
+        # transformers 5.24 calls it `cache` and warns of the older name.
+        named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.cached = {named: self.cache, "use_cache": True}
+        model(inputs_embeds=make(sizes.batch, sizes.past, sizes.hidden), **self.cached)
 
     def prefill(self) -> torch.Tensor:
         """One sequence, no cache."""
@@ -101,7 +105,7 @@ class Work:
         """One token of each sequence, behind what is in the cache."""
         for layer in self.cache.layers:  # always the same place
             layer.cumulative_length.fill_(self.past)
-        return self.model(inputs_embeds=self.tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
+        return self.model(inputs_embeds=self.tokens, **self.cached).last_hidden_state
 
     def prefill_block(self) -> torch.Tensor:
         """The MoE block alone on the same number of tokens."""

@@ -22,6 +22,15 @@ def has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def pytest_configure() -> None:
+    """Most of the suite's time on a CPU is LLVM optimising programs that then run once."""
+    import jax
+
+    if not has_gpu():
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for what the tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def through_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls on GPU tensors go through DLPack and JAX's runtime, as those on CPU tensors do."""
