@@ -2,9 +2,10 @@
 
     python -m benchmarks.jax_layer [--output results.json]
 
-DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are of many
-calls in a row, divided, on the device's own clock for torch and on the host's for JAX (the calls are far longer than
-what the host does for them). The torch layer is plain glue around `torch._grouped_mm`.
+DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
+of calls that are waited for one by one, on the host's clock for both (the calls are far longer than what the host does
+for them): behind one another they would hold several results of gigabytes at once, and what is measured then is how
+JAX's allocator grows. The torch layer is plain glue around `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +25,7 @@ import numpy as np
 import torch
 
 import jaxmoe
-
-WIDTH, INNER, EXPERTS, TOP_K = 7168, 2048, 32, 8
-CONFIG = jaxmoe.RoutingConfig(num_experts=EXPERTS, top_k=TOP_K, routed_scaling_factor=2.5)
+from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
 
 def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
@@ -38,14 +38,14 @@ def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     )
 
 
-def _milliseconds(call: Callable[[], Any], calls: int) -> float:
-    jax.block_until_ready(call())
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / calls * 1e3
+def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
+    """The median of `calls` calls, after three that do not count."""
+    times = []
+    for _ in range(calls + 3):
+        start = time.perf_counter()
+        wait(call())  # and what it returned is free again before the next
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:]) * 1e3
 
 
 def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool = False) -> dict[str, float]:
@@ -60,10 +60,11 @@ def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool =
         return jnp.sum(jaxmoe.moe(x, full, CONFIG, implementation=implementation)[0].astype(jnp.float32) ** 2)
 
     both, weights = jax.jit(loss), (params.router, params.gate_up, params.down)
-    times = {"forward": _milliseconds(lambda: forward(x, params), calls)}
+    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls)}
     if forward_only:
         return times
-    times["forward and backward"] = _milliseconds(lambda: both(x, weights, params.bias), max(2, calls // 2))
+    step = lambda: both(x, weights, params.bias)
+    times["forward and backward"] = _milliseconds(step, jax.block_until_ready, calls)
     memory: Any = both.lower(x, weights, params.bias).compile().memory_analysis()
     times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
     return times
@@ -90,19 +91,10 @@ def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward().float().square().sum(), (x, router, gate_up, down))
 
-    def timed(call: Callable[[], Any], calls: int) -> float:
-        call()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / calls
-
+    timed = lambda call: _milliseconds(call, lambda _: torch.cuda.synchronize(), calls)
     with torch.no_grad():
-        times, y = {"forward": timed(forward, calls)}, forward()
-    times["forward and backward"] = timed(both, max(2, calls // 2))
+        times, y = {"forward": timed(forward)}, forward()
+    times["forward and backward"] = timed(both)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both()

@@ -106,7 +106,7 @@ def plan_dispatch(
     return _plan(experts, expert_map, num_experts=num_experts, align=align, implementation=implementation)
 
 
-def _move(
+def move(
     implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, dtype: Any
 ) -> jax.Array:
     """dispatch, times `scale` where it is given: forward of dispatch, and the gradient of combine."""
@@ -137,7 +137,7 @@ def _move(
     return run(implementation, kernels, xla, x, rows, slots, scale, out)
 
 
-def _gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any) -> jax.Array:
+def gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any) -> jax.Array:
     """combine, unweighted where `weights` is None: forward of combine, and the gradient of dispatch."""
 
     def xla(x: Rows, rows: jax.Array, weights: Any, out: Any) -> jax.Array:
@@ -169,19 +169,19 @@ def _no_gradient(x: jax.Array) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dispatch(implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, out: Any) -> jax.Array:
-    return _move(implementation, x, rows, slots, None, out, x.dtype)
+    return move(implementation, x, rows, slots, None, out, x.dtype)
 
 
 def _dispatch_fwd(
     implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, out: Any
 ) -> tuple[jax.Array, Any]:
     like = x if isinstance(x, arguments.Columns) else None
-    return _move(implementation, x, rows, slots, None, out, x.dtype), (like, rows, slots)
+    return move(implementation, x, rows, slots, None, out, x.dtype), (like, rows, slots)
 
 
 def _dispatch_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     like, rows, slots = saved
-    dx = _gather(implementation, grad, rows, None, None, grad.dtype)
+    dx = gather(implementation, grad, rows, None, None, grad.dtype)
     return dx if like is None else like_rows(like, dx), _no_gradient(rows), _no_gradient(slots), None
 
 
@@ -236,13 +236,13 @@ def dispatch(
 def _combine(
     implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, weights: jax.Array, out: Any
 ) -> jax.Array:
-    return _gather(implementation, x, rows, weights, out, x.dtype)
+    return gather(implementation, x, rows, weights, out, x.dtype)
 
 
 def _combine_fwd(
     implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, weights: jax.Array, out: Any
 ) -> tuple[jax.Array, Any]:
-    return _gather(implementation, x, rows, weights, out, x.dtype), (x, rows, slots, weights)
+    return gather(implementation, x, rows, weights, out, x.dtype), (x, rows, slots, weights)
 
 
 def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
@@ -257,7 +257,7 @@ def _combine_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
             array, grad, rows, column=column, dtype=weights.dtype, target=target, interpret=interpret
         )
 
-    dx = like_rows(x, _move(implementation, grad, rows, slots, weights, None, x.dtype))
+    dx = like_rows(x, move(implementation, grad, rows, slots, weights, None, x.dtype))
     if 0 in (rows.shape[0], *x.shape):
         dweights = jnp.zeros_like(weights)
     else:

@@ -12,14 +12,15 @@ from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
 from jaxmoe.grouped_matmul import no_gradient, outer, product
 from jaxmoe.implementation import check_implementation, compiled, run
-from kernels_pallas.grouped_matmul import ACTIVATIONS
+from kernels_pallas.activation import ACTIVATIONS
+from kernels_pallas.gated_grad import gated_grad as gated_grad_kernel
 from kernels_pallas.grouped_matmul import gated_matmul as gated_kernel
 
-_Static = tuple[str | None, str, bool]  # implementation, activation, transposed
+Static = tuple[str | None, str, bool]  # implementation, activation, transposed
 
 
-def _gated(
-    static: _Static, rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, keep: bool
+def gated(
+    static: Static, rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, keep: bool
 ) -> tuple[jax.Array, ...]:
     """(activation(gate) * up [M, I],), and with `keep` (gate, up) [M, 2 * I] too."""
     implementation, activation, transposed = static
@@ -38,38 +39,44 @@ def _gated(
     return run(implementation, kernels, xla, rows, gate_up, group_sizes)
 
 
+def gated_grad(
+    static: Static, kept: jax.Array, grad: jax.Array, scale: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """(gradient of `kept`, hidden), both times each row's scale if there is one; then hidden . grad [M] too."""
+    implementation, activation, _ = static
+    kernels = functools.partial(gated_grad_kernel, activation=activation)
+    plain = functools.partial(reference.gated_grad, activation=activation)
+    if 0 in grad.shape:
+        dots = () if scale is None else (jnp.zeros_like(scale),)
+        return kept, grad, *dots
+    return run(implementation, kernels, plain, kept, grad, scale)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(
-    static: _Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-    (hidden,) = _gated(static, rows, gate_up, group_sizes, keep=False)
+def _experts(static: Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    (hidden,) = gated(static, rows, gate_up, group_sizes, keep=False)
     return product(static[0], hidden, down, group_sizes, transposed=static[2])
 
 
 def _experts_fwd(
-    static: _Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
+    static: Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
 ) -> tuple[jax.Array, Any]:
     # Of what lies between the two products, gate and up are kept, written by the same kernel: computing them again
     # would make the backward pass a third longer. The hidden rows follow from them without a product.
-    hidden, kept = _gated(static, rows, gate_up, group_sizes, keep=True)
+    hidden, kept = gated(static, rows, gate_up, group_sizes, keep=True)
     out = product(static[0], hidden, down, group_sizes, transposed=static[2])
     return out, (rows, gate_up, down, group_sizes, kept)
 
 
-def _experts_bwd(static: _Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
-    implementation, activation, transposed = static
+def _experts_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    implementation, _, transposed = static
     rows, gate_up, down, group_sizes, kept = saved
-
-    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-        return reference.ACTIVATIONS[activation](gate) * up
-
     dhidden = product(implementation, grad, down, group_sizes, transposed=not transposed)
-    hidden, pull = jax.vjp(gated, *jnp.split(kept.astype(jnp.float32), 2, axis=1))
-    dkept = jnp.concatenate(pull(dhidden.astype(jnp.float32)), axis=1).astype(rows.dtype)
+    dkept, hidden = gated_grad(static, kept, dhidden)
     return (
         product(implementation, dkept, gate_up, group_sizes, transposed=not transposed),
         outer(implementation, rows, dkept, group_sizes, transposed=transposed),
-        outer(implementation, hidden.astype(rows.dtype), grad, group_sizes, transposed=transposed),
+        outer(implementation, hidden, grad, group_sizes, transposed=transposed),
         no_gradient(group_sizes),
     )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxmoe import arguments
 from jaxmoe.arguments import check_array
 from jaxmoe.config import RoutingConfig
-from jaxmoe.dispatch import combine, dispatch, plan_dispatch
-from jaxmoe.experts import experts
+from jaxmoe.dispatch import gather, move, plan_dispatch
+from jaxmoe.experts import gated, gated_grad
+from jaxmoe.grouped_matmul import no_gradient, outer, product
+from jaxmoe.implementation import compiled
 from jaxmoe.routing import Routing, route, router_logits
 
 
@@ -30,6 +35,64 @@ class MoEParams:
     bias: jax.Array | None = None
     gate_up: jax.Array
     down: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(implementation: str | None, *args: jax.Array) -> jax.Array:
+    """dispatch, experts, combine: y [T, H] of x, the plan's rows, slots and group_sizes, weights, gate_up, down."""
+    return _weighted_pass(implementation, *args, keep=False)[0]
+
+
+def _weighted_pass(
+    implementation: str | None,
+    x: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    group_sizes: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    keep: bool,
+) -> tuple[jax.Array, ...]:
+    static = (implementation, "silu", False)
+    held = move(implementation, x, rows, slots, None, None, x.dtype)
+    hidden, *kept = gated(static, held, gate_up, group_sizes, keep=keep)
+    out = product(implementation, hidden, down, group_sizes, transposed=False)
+    return gather(implementation, out, rows, weights, None, x.dtype), *kept
+
+
+def weighted_fwd(implementation: str | None, *args: jax.Array) -> tuple[jax.Array, Any]:
+    """`_weighted` and what its derivative needs: gate and up of every row, then the arguments."""
+    y, kept = _weighted_pass(implementation, *args, keep=True)
+    return y, (kept, *args)
+
+
+def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    """The gradients of the arguments, from what `weighted_fwd` kept: of all rows gate and up alone.
+
+    A weight's gradient, its row of the experts' result . grad, is hidden . (grad @ down.T) too, so that result is not
+    needed; and the rows that went in are dispatched again.
+    """
+    kept, x, rows, slots, group_sizes, weights, gate_up, down = saved
+    # Or XLA would see that they were dispatched before, and keep them until now.
+    x, grad = jax.lax.optimization_barrier((x, grad))
+    slot = jnp.maximum(slots, 0)
+    scale = jnp.where(slots >= 0, weights.astype(jnp.float32).reshape(-1)[slot], 0.0)
+    dout = move(implementation, grad, rows, slots, None, None, grad.dtype)
+    dhidden = product(implementation, dout, down, group_sizes, transposed=True)
+    dkept, hidden, dots = gated_grad((implementation, "silu", False), kept, dhidden, scale)
+    ddown = outer(implementation, hidden, dout, group_sizes, transposed=False)
+    held = move(implementation, x, rows, slots, None, None, x.dtype)
+    dgate_up = outer(implementation, held, dkept, group_sizes, transposed=False)
+    dheld = product(implementation, dkept, gate_up, group_sizes, transposed=True)
+    dx = gather(implementation, dheld, rows, None, None, x.dtype)
+    dweights = jnp.where(rows >= 0, dots[jnp.maximum(rows, 0)], 0.0).astype(weights.dtype)
+    return dx, *map(no_gradient, (rows, slots, group_sizes)), dweights, dgate_up, ddown
+
+
+_weighted.defvjp(weighted_fwd, weighted_bwd)
+weighted_experts = compiled(_weighted)
 
 
 def moe(
@@ -90,6 +153,5 @@ def moe(
         logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
     )
     plan = plan_dispatch(routing.experts, config.num_expert_ids, implementation=implementation)
-    rows = dispatch(x, plan, implementation=implementation)
-    rows = experts(rows, params.gate_up, params.down, plan.group_sizes, implementation=implementation)
-    return combine(rows, plan, routing.weights, implementation=implementation), routing
+    y = weighted_experts(implementation, x, *plan, routing.weights, params.gate_up, params.down)
+    return y, routing

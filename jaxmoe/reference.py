@@ -237,6 +237,17 @@ def gated_matmul(
     return (ACTIVATIONS[activation](gate) * up).astype(rows.dtype), kept.astype(rows.dtype)
 
 
+def gated_grad(kept: jax.Array, grad: jax.Array, scale: jax.Array | None, *, activation: str) -> tuple[jax.Array, ...]:
+    """(gradient of gate and up [M, 2 * I], hidden [M, I]), with a scale [M] also hidden . grad, not scaled, [M]."""
+    gate, up = jnp.split(kept.astype(jnp.float32), 2, axis=1)
+    hidden, pull = jax.vjp(lambda gate, up: ACTIVATIONS[activation](gate) * up, gate, up)
+    wide = grad.astype(jnp.float32)
+    dots = () if scale is None else (jnp.sum(hidden * wide, axis=1),)
+    if scale is not None:
+        hidden, wide = scale[:, None] * hidden, scale[:, None] * wide
+    return jnp.concatenate(pull(wide), axis=1).astype(kept.dtype), hidden.astype(kept.dtype), *dots
+
+
 def grouped_outer(a: jax.Array, b: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """[E, A, B]."""
     return _ragged_dot(a, b, group_sizes, (0, 0), False).astype(a.dtype)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kernels_pallas.combine import combine, combine_weight_grad
 from kernels_pallas.count import count_load
 from kernels_pallas.dispatch import dispatch
+from kernels_pallas.gated_grad import gated_grad
 from kernels_pallas.grouped_matmul import gated_matmul, grouped_matmul
 from kernels_pallas.grouped_matmul_grad import grouped_outer
 from kernels_pallas.plan_dispatch import num_rows, plan_dispatch
@@ -184,6 +185,11 @@ def _grouped(
     return Entry(f"gated_matmul {name}", ("gated_matmul",), fn, args)
 
 
+def _gated_grad(name: str, dtype: Any, rows: int, width: int, activation: str, *, scaled: bool = False) -> Entry:
+    args = (_shape(dtype, rows, 2 * width), _shape(dtype, rows, width), _shape(F32, rows) if scaled else None)
+    return Entry(f"gated_grad {name}", ("gated_grad",), functools.partial(gated_grad, activation=activation), args)
+
+
 def _outer(name: str, dtype: Any, rows: int, experts: int, left: int = 7168, right: int = 4096) -> Entry:
     args = (_shape(dtype, rows, left), _shape(dtype, rows, right), _shape(I32, experts))
     return Entry(f"grouped_outer {name}", ("grouped_outer",), grouped_outer, args)
@@ -252,6 +258,9 @@ CATALOGUE: tuple[Entry, ...] = (
     _grouped("silu, bfloat16, kept", BF16, 32768, 32, activation="silu", keep=True),
     _grouped("gelu_tanh, bfloat16, few rows, transposed", BF16, 512, 256, transposed=True, activation="gelu_tanh"),
     _grouped("gelu, float32, ragged sizes", F32, 777, 7, 1001, 666, activation="gelu"),
+    _gated_grad("silu, bfloat16, scaled", BF16, 32768, 2048, "silu", scaled=True),
+    _gated_grad("gelu, float32, ragged width, over 2**31 elements", F32, 2**21, 1001, "gelu"),
+    _gated_grad("gelu_tanh, float16", F16, 777, 300, "gelu_tanh", scaled=True),
     _outer("bfloat16", BF16, 32768, 32),
     _outer("float32, ragged sizes", F32, 777, 7, 1001, 333),
 )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.activation import ACTIVATIONS
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
 
@@ -82,42 +82,6 @@ def dot_add(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
     """total + a @ b, in float32; of float32 operands every bit counts."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return total + jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _exp(x: jax.Array) -> jax.Array:
-    return jnp.exp2(1.4426950409 * x)  # GPUs have an instruction for 2**x
-
-
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1.0 / (1.0 + _exp(-x))
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The share of the normal distribution that lies below x, to a relative error of 1e-7: Pallas has no erf here."""
-    u = jnp.abs(x)
-    t = 1.0 / (1.0 + 0.305 * u)
-    # What lies above u over exp(-u**2 / 2), as a polynomial in t that was fitted for the least maximal relative error.
-    tail = jnp.zeros_like(u)
-    for c in (
-        0.036698908,
-        -0.152987177,
-        0.185715013,
-        -0.037975147,
-        0.121020818,
-        0.103421119,
-        0.122466778,
-        0.121639735,
-    ):
-        tail = (tail + c) * t
-    tail = tail * _exp(-0.5 * u * u)
-    return jnp.where(x > 0, 1.0 - tail, tail)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": lambda x: x * _sigmoid(x),
-    "gelu": lambda x: x * _normal_cdf(x),
-    "gelu_tanh": lambda x: x * _sigmoid(1.5957691216 * (x + 0.044715 * x * x * x)),  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-}
 
 
 def _kernel(

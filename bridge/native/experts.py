@@ -12,6 +12,7 @@ import torch
 
 from bridge.native.build import JAX_DTYPES, aligned, build, rows_for, shape
 from bridge.native.driver import Kernel
+from kernels_pallas import gated_grad as gated_kernels
 from kernels_pallas import grouped_matmul as kernels
 from kernels_pallas import grouped_matmul_grad as grad_kernels
 
@@ -90,6 +91,42 @@ def gated_matmul(
 ) -> None:
     """Fills the first of `outs`, [M, I], with activation(gate) * up, and a second with gate and up side by side."""
     _run(rows, gate_up, group_sizes, activation, *outs)
+
+
+@functools.cache
+def _gated_grad(
+    dtype: torch.dtype, width: int, scaled: bool, activation: str, rows: int, is_aligned: bool, device: int
+) -> Kernel:
+    kept, grad = shape(dtype, rows, 2 * width), shape(dtype, rows, width)
+    scale = shape(torch.float32, rows) if scaled else None
+    function = gated_kernels.gated_grad
+    return build(function, device, is_aligned, kept=kept, grad=grad, scale=scale, activation=activation)[0]
+
+
+def gated_grad(
+    kept: torch.Tensor,
+    grad: torch.Tensor,
+    activation: str,
+    dkept: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+) -> None:
+    """Fills `dkept` [M, 2 * I], which may be `kept`, and `hidden` [M, I] from gate and up, both times `scale` [M].
+
+    With a scale, float32, also fills `dots` float32 [M] with hidden . grad before it is scaled.
+    """
+    num_rows, width = grad.shape
+    if 0 in grad.shape:
+        if dots is not None:
+            dots.zero_()
+        return
+    ins = [tensor.data_ptr() for tensor in (kept, grad, *([] if scale is None else [scale]))]
+    outs = [tensor.data_ptr() for tensor in (dkept, hidden, *([] if dots is None else [dots]))]
+    rows = rows_for(num_rows, 2 * width, kept.itemsize)
+    is_aligned, device = aligned(*ins, *outs), kept.get_device()
+    kernel = _gated_grad(kept.dtype, width, scale is not None, activation, rows, is_aligned, device)
+    kernel(num_rows, 1, *ins, *outs)
 
 
 @functools.cache

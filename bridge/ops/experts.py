@@ -17,7 +17,8 @@ Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def _check_weight(name: str, weight: Tensor, device: torch.device) -> None:
+def check_weight(name: str, weight: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless the kernels can read the weight as it lies."""
     if weight.device != device:
         raise ValueError(f"{name}: expected the device of the first argument, {device}, got {weight.device}")
     if not (weight.is_contiguous() or weight.mT.is_contiguous()):
@@ -31,7 +32,7 @@ def _check_matmul(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
     check("rows", rows, ("M", "K"))
     check("weight", weight, ("E", rows.shape[1], "N"), (rows.dtype,))
     check("group_sizes", group_sizes, (weight.shape[0],), INT32)
-    _check_weight("weight", weight, rows.device)
+    check_weight("weight", weight, rows.device)
     check_layout(rows.device, rows=rows, group_sizes=group_sizes)
 
 
@@ -131,7 +132,7 @@ def _check_experts(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Ten
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     for name, weight in (("gate_up", gate_up), ("down", down)):
-        _check_weight(name, weight, rows.device)
+        check_weight(name, weight, rows.device)
     check_layout(rows.device, rows=rows, group_sizes=group_sizes)
 
 
@@ -189,12 +190,6 @@ def _experts_backward_fake(
     return rows.new_empty(rows.shape), torch.empty_like(gate_up), torch.empty_like(down)
 
 
-def _activation_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 def _experts_backward_native(
     grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,19 +200,11 @@ def _experts_backward_native(
     native.gated_matmul(rows, gate_up, group_sizes, activation, hidden, both)
     dhidden = torch.empty_like(hidden)
     native.grouped_matmul(grad, down.mT, group_sizes, dhidden)
+    native.gated_grad(both, dhidden, activation, both, hidden)  # both is its own gradient from here on
     native.grouped_outer(hidden, grad, group_sizes, ddown)
-    gate, up, wide = *(half.float() for half in both.chunk(2, dim=1)), dhidden.float()
-    dgate, dup = _activation_backward(wide * up, gate, activation), wide * _activate(gate, activation)
-    both[:, :inner], both[:, inner:] = dgate, dup  # at last: in float32 gate and up are views of it
     native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
     native.grouped_outer(rows, both, group_sizes, dgate_up)
     return drows, dgate_up, ddown
-
-
-def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return torch.nn.functional.silu(x)
-    return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _experts_backward_plain(

@@ -1,4 +1,4 @@
-"""The torch ops of the whole layer, made of the others, and of the bias update."""
+"""The torch ops of the whole layer and of the bias update."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from bridge.native.routing import config_of
-from bridge.ops.dispatch import combine, dispatch, plan_dispatch
-from bridge.ops.experts import experts
+from bridge.ops.dispatch import plan_dispatch
 from bridge.ops.library import LIBRARY
 from bridge.ops.routing import route, router_logits
+from bridge.ops.weighted_experts import weighted_experts
 
 Tensor = torch.Tensor
 
@@ -28,7 +28,8 @@ def _moe(
     logits = router_logits(x, router)
     weights, chosen, load = route(logits, bias, valid, number, config, True)
     rows, slots, sizes = plan_dispatch(chosen, config_of(config).num_expert_ids, 1, None)
-    y = combine(experts(dispatch(x, rows, slots), gate_up, down, sizes, "silu"), rows, slots, weights)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
+    y, _ = weighted_experts(x, rows, slots, sizes, weights, gate_up, down, keep)
     return y, weights, chosen, load
 
 

@@ -245,11 +245,13 @@ def test_every_other_launch(launches: list[Any]) -> None:
     experts.gated_matmul(held, gate_up, sizes, "silu", hidden)
     experts.gated_matmul(held, gate_up, sizes, "gelu", hidden, both)
     experts.grouped_matmul(hidden, down, sizes, held)
+    experts.gated_grad(both, hidden, "silu", both, hidden)
+    experts.gated_grad(both, hidden, "gelu", both, hidden, zeros(88, dtype=float32), zeros(88, dtype=float32))
     experts.grouped_outer(hidden, held, sizes, torch.empty_like(down))
     assert [name for name, _ in launches] == [
         *("route", "count_load", "route", "route_grad", "router_logits", "router_logits_grad_x"),
         *("router_logits_grad_weight", "plan_dispatch", "dispatch", "combine", "combine_weight_grad"),
-        *("gated_matmul", "gated_matmul", "grouped_matmul", "grouped_outer"),
+        *("gated_matmul", "gated_matmul", "grouped_matmul", "gated_grad", "gated_grad", "grouped_outer"),
     ]
 
 

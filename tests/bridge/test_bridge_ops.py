@@ -43,6 +43,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ids = bridge.route(normal(T, 16), config=CONFIG).experts
     gate_up, down = (leaf(w) for w in weights(False))
     transposed = tuple(leaf(w) for w in weights(True))
+    stack = gate_up.detach(), down.detach()
     valid = torch.tensor(3, dtype=torch.int32)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype)
     out = empty(T, 4), empty(T, 4, dtype=torch.int32), empty(E, dtype=torch.int32)
@@ -74,6 +75,22 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "experts_backward": (
             OPS.experts_backward,
             (normal(M, H, seed=1), normal(M, H), gate_up.detach(), down.detach(), sizes, "silu"),
+        ),
+        "weighted_experts": (
+            OPS.weighted_experts,
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, True),
+        ),
+        "weighted_experts, transposed": (
+            OPS.weighted_experts,
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), *transposed, True),
+        ),
+        "weighted_experts, nothing kept": (
+            OPS.weighted_experts,
+            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, False),
+        ),
+        "weighted_experts_backward": (
+            OPS.weighted_experts_backward,
+            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, normal(M, 2 * I, seed=2)),
         ),
         "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json)),
         "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5)),

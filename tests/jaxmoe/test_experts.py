@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from kernels_pallas.grouped_matmul import ACTIVATIONS, Config, gated_matmul
+from kernels_pallas.activation import ACTIVATIONS
+from kernels_pallas.grouped_matmul import Config, gated_matmul
 from kernels_pallas.launch import runtime_sizes
 from tests import oracle
 from tests.cases import BF16, F16, F32, normal

@@ -104,6 +104,7 @@ def test_moe_gradients(implementation: str) -> None:
     assert not dparams.bias.any()
     for name, value, grad in (
         ("router", params.router, dparams.router),
+        ("gate_up", params.gate_up, dparams.gate_up),
         ("down", params.down, dparams.down),
         ("x", x, dx),
     ):

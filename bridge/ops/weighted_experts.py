@@ -1,0 +1,210 @@
+"""The torch op of what lies behind routing: dispatch, the experts and combine, with one derivative for all of it.
+
+Its backward pass needs none of the rows that the forward pass made but gate and up: see `jaxmoe.layer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import torch
+
+from bridge.call import call
+from bridge.checks import INT32, check, check_layout
+from bridge.native import dispatch as moves
+from bridge.native import experts as native
+from bridge.ops.experts import check_weight
+from bridge.ops.library import define
+from jaxmoe import layer
+
+Tensor = torch.Tensor
+ACTIVATION = "silu"
+
+
+def _check(
+    x: Tensor, rows: Tensor, slots: Tensor, group_sizes: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> None:
+    check("x", x, ("T", "H"))
+    width = x.shape[1]
+    check("rows", rows, (x.shape[0], "S"), INT32)
+    check("slots", slots, ("M",), INT32)
+    check("weights", weights, rows.shape)
+    check("gate_up", gate_up, ("E", width, "2 * I"), (x.dtype,))
+    num_experts, _, twice = gate_up.shape
+    check("group_sizes", group_sizes, (num_experts,), INT32)
+    check("down", down, (num_experts, twice // 2, width), (x.dtype,))
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        check_weight(name, weight, x.device)
+    check_layout(x.device, rows=rows, slots=slots, group_sizes=group_sizes, weights=weights)
+
+
+def _fake(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    return x.new_empty(x.shape), x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[2]))
+
+
+def _native(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, keep)
+    held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
+    moves.dispatch(x, rows, slots, None, held)
+    native.gated_matmul(held, gate_up, group_sizes, ACTIVATION, hidden, *([kept] if keep else []))
+    native.grouped_matmul(hidden, down, group_sizes, held)  # over the tokens, which nobody reads any more
+    moves.combine(held, rows, weights, y)
+    return y, kept
+
+
+@jax.jit
+def _jax_forward(x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+    y, (kept, *_) = layer.weighted_fwd(None, x, rows, slots, group_sizes, weights, gate_up, down)
+    return y, kept
+
+
+def _named(*tensors: Tensor) -> dict[str, Tensor]:
+    names = ("x", "rows", "slots", "group_sizes", "weights", "gate_up", "down")
+    # On a CPU alone, where nothing is fast.
+    return dict(zip(names, (tensor.contiguous() for tensor in tensors), strict=True))
+
+
+def _plain(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    y, kept = call(_jax_forward, _named(x, rows, slots, group_sizes, weights, gate_up, down), {})
+    return y, kept if keep else kept[:0].clone()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, keep = inputs
+    if not keep:
+        raise RuntimeError("weighted_experts: expected keep=True where a gradient is asked for, got False")
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    dx, dweights, dgate_up, ddown = weighted_experts_backward(grad.contiguous(), *ctx.saved_tensors)
+    return dx, None, None, None, dweights, dgate_up, ddown, None
+
+
+weighted_experts = define(
+    "weighted_experts(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
+    " Tensor down, bool keep) -> (Tensor, Tensor)",
+    native=_native,
+    plain=_plain,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup,
+)
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    check("grad", grad, tuple(x.shape), (x.dtype,))
+    check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
+    check_layout(x.device, grad=grad, kept=kept)
+    return x.new_empty(x.shape), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _backward_native(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweights, dgate_up, ddown = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept)
+    held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
+    dhidden, dkept = torch.empty_like(hidden), torch.empty_like(kept)  # kept stays: there may be a second backward pass
+    flat = weights.reshape(-1).float()  # of float32, as routing's are, nothing is cast
+    scale = flat[slots.clamp(min=0)].masked_fill_(slots < 0, 0.0) if flat.numel() else flat
+    dots = torch.empty_like(scale)
+    moves.dispatch(grad, rows, slots, None, held)
+    native.grouped_matmul(held, down.mT, group_sizes, dhidden)
+    native.gated_grad(kept, dhidden, ACTIVATION, dkept, hidden, scale, dots)
+    native.grouped_outer(hidden, held, group_sizes, ddown)
+    moves.dispatch(x, rows, slots, None, held)  # the same rows' memory: now the tokens,
+    native.grouped_outer(held, dkept, group_sizes, dgate_up)
+    native.grouped_matmul(dkept, gate_up.mT, group_sizes, held)  # then their gradients
+    moves.combine(held, rows, None, dx)
+    if dots.numel():
+        dweights.copy_(dots[rows.clamp(min=0)]).masked_fill_(rows < 0, 0.0)
+    return dx, dweights, dgate_up, ddown
+
+
+@jax.jit
+def _jax_backward(
+    grad: Any, x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, kept: Any
+) -> Any:
+    saved = (kept, x, rows, slots, group_sizes, weights, gate_up, down)
+    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd(None, saved, grad)
+    return dx, dweights, dgate_up, ddown
+
+
+def _backward_plain(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept)
+    arguments = {"grad": grad, **_named(x, rows, slots, group_sizes, weights, gate_up, down), "kept": kept}
+    found = call(_jax_backward, arguments, {})
+    # In the layout of the weights, as the fake implementation says.
+    dx, dweights, *stack = (
+        got if got.stride() == out.stride() else out.copy_(got) for got, out in zip(found, like, strict=True)
+    )
+    return dx, dweights, stack[0], stack[1]
+
+
+weighted_experts_backward = define(
+    "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
+    " Tensor gate_up, Tensor down, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    native=_backward_native,
+    plain=_backward_plain,
+    fake=_backward_fake,
+)
