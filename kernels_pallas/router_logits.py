@@ -136,7 +136,7 @@ def _plain_kernel(
     rounds = pl.cdiv(chunks, UNROLLED)
     unrolled = pl.cdiv(chunks, rounds)
 
-    def step(i: jax.Array, totals: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def step(i: Any, totals: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         xs, weights = [], []
         for j in range(unrolled):  # all loads before any product
             start = (i * unrolled + j) * k
@@ -254,11 +254,15 @@ def router_logits(
         num_stages=config.num_stages,
         interpret=interpret,
     )[0]
-    if slices == 1:
-        return out
+    return out if slices == 1 else router_logits_sum(out, slices=slices, interpret=interpret)
+
+
+def router_logits_sum(sums: jax.Array, *, slices: int, interpret: bool = False) -> jax.Array:
+    """float32 [T, E]: the sum, in their order, of the [T, E] that lie one behind the other in sums [slices * T, E]."""
+    num_tokens, num_experts = sums.shape[0] // slices, sums.shape[1]
     return launch(
         functools.partial(_sum_kernel, num_experts=num_experts),
-        out,
+        sums,
         name="router_logits_sum",
         grid=sum_grid_for(num_tokens, num_experts),
         sizes={"num_tokens": num_tokens, "slices": slices},

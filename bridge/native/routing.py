@@ -213,11 +213,16 @@ def _router_logits(
     config: logits_kernels.Config,
     is_aligned: bool,
     device: int,
-) -> list[Kernel]:
-    """The product, and the sum over slices where the config can have some."""
+) -> Kernel:
     arrays = {"x": shape(x, rows, stride), "weight": shape(weight, experts, width)}
-    slices = 1 if config.plain else 2  # any number: it is passed at the launch
-    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config, slices=slices)
+    slices = 1  # or any other number: it is passed at the launch
+    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config, slices=slices)[0]
+
+
+@functools.cache
+def _router_logits_sum(experts: int, is_aligned: bool, device: int) -> Kernel:
+    function = logits_kernels.router_logits_sum
+    return build(function, device, is_aligned, sums=shape(FLOAT32, 2, experts), slices=2)[0]  # any number, as above
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -240,14 +245,14 @@ def launch_router_logits(
     sums = out if slices == 1 else out.new_empty((slices * num_tokens, num_experts))
     ins, to, result = (x.data_ptr(), weight.data_ptr()), sums.data_ptr(), out.data_ptr()
     stride, device = row_stride(x), x.get_device()
-    rows = rows_for(num_tokens, max(stride * x.itemsize, 4 * num_experts), 1)  # for the results' offsets too
-    is_aligned = aligned(*ins, to, result)
-    kernels = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
+    rows = rows_for(num_tokens, max(stride * x.itemsize, 4 * num_experts), 1)  # offsets reach the result, too
+    is_aligned = aligned(*ins, to)
+    kernel = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
     steps = () if config.plain else (logits_kernels.steps_for(width, slices, config),)
-    grid = logits_kernels.grid_for(num_tokens, num_experts, slices, config)
-    kernels[0](*grid, *ins, num_tokens, *steps, to)
+    kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, num_tokens, *steps, to)
     if slices > 1:
-        kernels[1](*logits_kernels.sum_grid_for(num_tokens, num_experts), to, num_tokens, slices, result)
+        kernel = _router_logits_sum(num_experts, aligned(to, result), device)
+        kernel(*logits_kernels.sum_grid_for(num_tokens, num_experts), to, num_tokens, slices, result)
 
 
 def _platform() -> str:
