@@ -8,7 +8,7 @@ How a tile is multiplied depends on the dtypes (`kind_of`):
 
 * "tensor": two equal 16-bit dtypes, on tensor cores.
 * "parts": bfloat16 and float32. A float32 number is the sum of three bfloat16 numbers of 8 bits each, exactly, so three
-  products on tensor cores are those of float32, but for infinities: infinity times a part that is 0 is NaN.
+  products on tensor cores are as good as those of float32, but for infinities: times a part that is 0 they are NaN.
 * "exact": every other pair, in float32 without tensor cores.
 """
 
@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
-PROGRAMS = 128  # what fills a GPU of 108 to 132 multiprocessors (MI300: 304, of half the width) without a rest
 MOST_SLICES = 32
 UNROLLED = 8  # loads of a row in flight
 
@@ -40,6 +39,7 @@ class Config:
     num_warps: int
     num_stages: int
     plain: bool = False  # element by element, for few tokens
+    programs: int = 128  # that fill a GPU, of some 130 multiprocessors: where there are fewer, H is cut
 
 
 def kind_of(x: Any, weight: Any) -> str:
@@ -54,16 +54,16 @@ def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target:
     if num_tokens == 1:
         config = Config(1, 1, 4096, num_warps=16, num_stages=1, plain=True)
     elif num_tokens <= 4:
-        config = Config(4, 2, 4096, num_warps=16, num_stages=1, plain=True)
+        config = Config(4, 2, 2048, num_warps=8, num_stages=1, plain=True)
     elif kind == "exact":
         side = 32 if num_tokens <= 256 else 64
-        config = Config(side, side, 32, num_warps=4, num_stages=3)
+        config = Config(side, side, 32, num_warps=4, num_stages=3, programs=512)
     elif width % 8:  # lines that do not begin at 16 bytes are loaded element by element
         config = Config(64, 32, 32, num_warps=4, num_stages=2)
     elif num_tokens <= 128:
         config = Config(64, *(32, 128) if kind == "tensor" else (64, 64), num_warps=4, num_stages=4)
     elif kind == "parts":
-        config = Config(128, 128, 32, num_warps=8, num_stages=4)  # more would not fit in an A100's registers
+        config = Config(128, 64, 32, num_warps=4, num_stages=4, programs=256)  # more would not fit in registers
     else:
         config = Config(128, 256 if target == "cuda" else 128, 64, num_warps=8, num_stages=3)
     return replace(
@@ -82,10 +82,10 @@ def _side(size: int) -> int:
 def slices_for(num_tokens: int, num_experts: int, width: int, config: Config) -> int:
     """Into how many slices to cut H. With 1 there is one launch, with more there are two."""
     tiles = pl.cdiv(num_tokens, config.tokens) * pl.cdiv(num_experts, config.experts)
-    if config.plain or 2 * tiles > PROGRAMS:
+    if config.plain or 2 * tiles > config.programs:
         return 1
     steps = pl.cdiv(width, config.depth)
-    return pl.cdiv(steps, steps_for(width, min(MOST_SLICES, PROGRAMS // tiles), config))
+    return pl.cdiv(steps, steps_for(width, min(MOST_SLICES, config.programs // tiles), config))
 
 
 def steps_for(width: int, slices: int, config: Config) -> int:
@@ -117,12 +117,16 @@ def _place(num_experts: int, config: Config) -> tuple[jax.Array, jax.Array]:
     return tile // columns * config.tokens, tile % columns * config.experts
 
 
-def _load(ref: Any, index: tuple[Any, Any], *bounds: tuple[Any, Any, int | None]) -> jax.Array:
-    """What lies there, 0 outside the bounds: (index, size, tile), where None says that the size is not known yet."""
-    masks = [at < size for at, size, tile in bounds if tile is None or size % tile]
-    if not masks:
-        return load(ref.at[index])
-    return load(ref.at[index], mask=functools.reduce(jnp.logical_and, masks), other=0.0)
+def _inside(*bounds: tuple[jax.Array, Any, int]) -> jax.Array | None:
+    """The mask of the indices below their size, for (index, size, tile); None where every tile is whole."""
+    masks = [at < size for at, size, tile in bounds if not isinstance(size, int) or size % tile]
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _load(ref: Any, index: tuple[Any, Any], *bounds: tuple[jax.Array, Any, int]) -> jax.Array:
+    """What lies there, 0 outside the bounds. A size may be known at run time only."""
+    mask = _inside(*bounds)
+    return load(ref.at[index]) if mask is None else load(ref.at[index], mask=mask, other=0.0)
 
 
 def _plain_kernel(
@@ -144,7 +148,7 @@ def _plain_kernel(
             row = [first_expert + e + iota((1, k), 0) for e in range(n)]
             whole = unrolled * k
             weights.append([_load(weight_ref, (r, at_w), (r, num_experts, n), (at_w, width, whole)) for r in row])
-            xs.append(_load(x_ref, (token, column + at), (token, num_tokens, None), (at, width, whole)))
+            xs.append(_load(x_ref, (token, column + at), (token, num_tokens, m), (at, width, whole)))
         for x, ws in zip(xs, weights, strict=True):
             x = x.astype(jnp.float32)
             totals = [total + x * w.astype(jnp.float32) for total, w in zip(totals, ws, strict=True)]
@@ -176,7 +180,7 @@ def _add_dot(total: jax.Array, a: jax.Array, b: jax.Array, kind: str) -> jax.Arr
     if kind == "tensor":
         return total + dot(a, b)
     if kind == "parts":
-        for part in reversed(_parts(a)):
+        for part in _parts(a):  # the first one's product begins while the others are made
             total = total + dot(part, b)
         return total
     return total + dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
@@ -192,27 +196,28 @@ def _tile_kernel(
     turned = kind == "parts" and weight_ref.dtype == jnp.float32  # out.T = weight @ x.T
     first_token, first_expert = _place(num_experts, config)
     part = pl.program_id(1)
-    first = part * steps * k
+    first = part * steps
 
     def x_tile(start: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
         token, at = first_token + iota(shape, axis), start + iota(shape, 1 - axis)
-        return _load(x_ref, (token, column + at), (token, num_tokens, None), (at, width, k))
+        return _load(x_ref, (token, column + at), (token, num_tokens, m), (at, width, k))
 
     def weight_tile(start: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
         expert, at = first_expert + iota(shape, axis), start + iota(shape, 1 - axis)
         return _load(weight_ref, (expert, at), (expert, num_experts, n), (at, width, k))
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
-        start = first + i * k
+        start = (first + i) * k
         if turned:
             return _add_dot(total, weight_tile(start, (n, k), 0), x_tile(start, (k, m), 1), kind)
         return _add_dot(total, x_tile(start, (m, k), 0), weight_tile(start, (k, n), 1), kind)
 
     shape = (n, m) if turned else (m, n)
-    count = jnp.minimum(steps, pl.cdiv(width, k) - part * steps)
+    count = jnp.minimum(steps, pl.cdiv(width, k) - first)
     total = jax.lax.fori_loop(0, count, step, jnp.zeros(shape, jnp.float32))
     token, expert = first_token + iota(shape, int(turned)), first_expert + iota(shape, 1 - int(turned))
-    store(out_ref.at[part * num_tokens + token, expert], total, mask=(token < num_tokens) & (expert < num_experts))
+    mask = _inside((token, num_tokens, m), (expert, num_experts, n))
+    store(out_ref.at[part * num_tokens + token, expert], total, mask=mask)
 
 
 def _sum_kernel(slices_ref: Any, out_ref: Any, *, num_experts: int, num_tokens: Any, slices: Any) -> None:

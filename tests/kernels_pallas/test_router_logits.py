@@ -11,7 +11,6 @@ import pytest
 
 from kernels_pallas.router_logits import (
     MOST_SLICES,
-    PROGRAMS,
     Config,
     _parts,
     config_for,
@@ -61,8 +60,8 @@ def test_long_rows_go_in_rounds() -> None:
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     """Bit for bit, as long as there are as many."""
-    x, weight = normal(0, 40, 150, dtype=BF16), normal(1, 60, 150)
-    order = np.random.default_rng(0).permutation(40)
+    x, weight = normal(0, 20, 100, dtype=BF16), normal(1, 30, 100)
+    order = np.random.default_rng(0).permutation(20)
     for config, slices in ((PLAIN, 1), (TILE, 1), (TILE, 3)):
         run = lambda x, config=config, slices=slices: router_logits(
             x, weight, config=config, slices=slices, interpret=True
@@ -115,7 +114,7 @@ def test_plans(experts: int, width: int, kind: str, target: str) -> None:
         assert y == slices
         assert x * config.tokens * config.experts >= tokens * experts
         if slices > 1:
-            assert x * y <= PROGRAMS
+            assert x * y <= config.programs
             assert slices * tokens * experts * 4 < 2**31, "scratch memory that 32-bit offsets reach"
         if (experts, width) == (256, 7168):
             assert x * y >= 56
