@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
 MOST_SLICES = 32
+SUMMED = 16  # slices at a time
 UNROLLED = 8  # loads of a row in flight
 
 
@@ -225,10 +226,16 @@ def _sum_kernel(slices_ref: Any, out_ref: Any, *, num_experts: int, num_tokens: 
     token = pl.program_id(0) * shape[0] + iota(shape, 0)
     expert = pl.program_id(1) * shape[1] + iota(shape, 1)
     inside = (token < num_tokens) & (expert < num_experts)
-    at = lambda i: slices_ref.at[i * num_tokens + token, expert]
-    # All in flight, the missing ones as zeros.
-    parts = [load(at(i), mask=inside & (i < slices), other=0.0) for i in range(MOST_SLICES)]
-    store(out_ref.at[token, expert], functools.reduce(jnp.add, parts), mask=inside)
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        for j in range(SUMMED):
+            part = i * SUMMED + j
+            at = slices_ref.at[part * num_tokens + token, expert]
+            total = total + load(at, mask=inside & (part < slices), other=0.0)
+        return total
+
+    total = jax.lax.fori_loop(0, (slices + SUMMED - 1) // SUMMED, step, jnp.zeros(shape, jnp.float32))
+    store(out_ref.at[token, expert], total, mask=inside)
 
 
 def router_logits(

@@ -17,6 +17,7 @@ from kernels_pallas.router_logits import (
     grid_for,
     kind_of,
     router_logits,
+    router_logits_sum,
     slices_for,
     steps_for,
 )
@@ -119,3 +120,12 @@ def test_plans(experts: int, width: int, kind: str, target: str) -> None:
         if (experts, width) == (256, 7168):
             assert x * y >= 56
     assert len(configs) <= 4
+
+
+@pytest.mark.parametrize(("tokens", "experts", "slices"), [(5, 60, 2), (3, 300, 17), (5, 256, 32), (7, 1, 16)])
+def test_slices_are_added_in_order(tokens: int, experts: int, slices: int) -> None:
+    sums = normal(0, slices * tokens, experts)
+    want = np.zeros((tokens, experts), np.float32)
+    for part in np.asarray(sums).reshape(slices, tokens, experts):
+        want += part
+    np.testing.assert_array_equal(router_logits_sum(sums, slices=slices, interpret=True), want)
