@@ -237,7 +237,11 @@ def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = No
 
     The kernel reads both operands in the dtypes they are stored in: a float32 router weight next to bfloat16
     activations costs no cast in memory (on "xla" that is XLA's affair). Products of two equal 16-bit dtypes run on
-    tensor cores; every other pair is multiplied in float32 without them, exactly.
+    tensor cores, and so do those of bfloat16 and float32, exactly: a float32 number goes as the three bfloat16 numbers
+    whose sum it is (an infinity may so become NaN). Every other pair is multiplied in float32 without them.
+
+    A token's logits are the same bit for bit on every run and whatever the other tokens hold; how many there are
+    decides in which order a sum is taken.
 
     Args:
       x: [T, H] bfloat16, float16 or float32, or a `Columns` view. T may be 0.

@@ -158,9 +158,12 @@ def _weight_grad(name: str, dtype: Any, tokens: int, width: int = 7168, slots: i
     return Entry(f"combine_weight_grad {name}", ("combine_weight_grad",), combine_weight_grad, args)
 
 
-def _logits(name: str, x: Any, weight: Any, tokens: int, experts: int = 256, width: int = 7168) -> Entry:
+def _logits(
+    name: str, x: Any, weight: Any, tokens: int, experts: int = 256, width: int = 7168, *, sliced: bool = True
+) -> Entry:
     args = (_shape(x, tokens, width), _shape(weight, experts, width))
-    return Entry(f"router_logits {name}", ("router_logits",), router_logits, args)
+    kernels = ("router_logits", "router_logits_sum") if sliced else ("router_logits",)
+    return Entry(f"router_logits {name}", kernels, router_logits, args)
 
 
 def _grouped(
@@ -246,7 +249,18 @@ CATALOGUE: tuple[Entry, ...] = (
     _weight_grad("float32, over 2**31 elements", F32, LONG),
     _logits("bfloat16", BF16, BF16, 4096),
     _logits("bfloat16, few tokens", BF16, BF16, 8),
+    _logits("bfloat16, 4 tokens", BF16, BF16, 4, sliced=False),
+    _logits("bfloat16, one token", BF16, BF16, 1, sliced=False),
+    _logits("bfloat16, many tokens", BF16, BF16, 40960, sliced=False),
+    _logits("bfloat16, ragged sizes", BF16, BF16, 333, 60, 1001),
     _logits("bfloat16 by float32", BF16, F32, 4096),
+    _logits("bfloat16 by float32, few tokens", BF16, F32, 8),
+    _logits("bfloat16 by float32, 4 tokens", BF16, F32, 4, sliced=False),
+    _logits("bfloat16 by float32, one token", BF16, F32, 1, sliced=False),
+    _logits("float32 by bfloat16", F32, BF16, 512),
+    _logits("float32 by bfloat16, few tokens, ragged sizes", F32, BF16, 77, 60, 1000),
+    _logits("bfloat16 by float32, many tokens", BF16, F32, 40960, sliced=False),
+    _logits("float16 by float32", F16, F32, 4096),
     _logits("float32, ragged sizes", F32, F32, 77, 60, 1000),
     _logits_grads("bfloat16 by float32", BF16, F32, 4096),
     _logits_grads("ragged sizes", F32, BF16, 77, 60, 1000),

@@ -215,7 +215,14 @@ def _router_logits(
     device: int,
 ) -> Kernel:
     arrays = {"x": shape(x, rows, stride), "weight": shape(weight, experts, width)}
-    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config)[0]
+    slices = 1  # or any other number: it is passed at the launch
+    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config, slices=slices)[0]
+
+
+@functools.cache
+def _router_logits_sum(experts: int, is_aligned: bool, device: int) -> Kernel:
+    function = logits_kernels.router_logits_sum
+    return build(function, device, is_aligned, sums=shape(FLOAT32, 2, experts), slices=2)[0]  # any number, as above
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -223,18 +230,29 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     out = x.new_empty((num_tokens, num_experts), dtype=FLOAT32)
     if num_tokens:
-        config = logits_kernels.config_for(num_tokens, num_experts, width, _is_exact(x, weight), _platform())
-        addresses = x.data_ptr(), weight.data_ptr()
-        stride, device = row_stride(x), x.get_device()
-        is_aligned = aligned(*addresses, out.data_ptr())
-        rows = rows_for(num_tokens, stride, x.itemsize)
-        kernel = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
-        kernel(*logits_kernels.grid_for(num_tokens, num_experts, config), *addresses, num_tokens, out.data_ptr())
+        kind = logits_kernels.kind_of(JAX_DTYPES[x.dtype], JAX_DTYPES[weight.dtype])
+        config = logits_kernels.config_for(num_tokens, num_experts, width, kind, _platform())
+        slices = logits_kernels.slices_for(num_tokens, num_experts, width, config)
+        launch_router_logits(x, weight, out, config, slices)
     return out
 
 
-def _is_exact(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.dtype != weight.dtype or x.dtype == FLOAT32
+def launch_router_logits(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, config: logits_kernels.Config, slices: int
+) -> None:
+    """Fills `out` by this config, with H in this many slices; there is a token at least."""
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    sums = out if slices == 1 else out.new_empty((slices * num_tokens, num_experts))
+    ins, to, result = (x.data_ptr(), weight.data_ptr()), sums.data_ptr(), out.data_ptr()
+    stride, device = row_stride(x), x.get_device()
+    rows = rows_for(num_tokens, max(stride * x.itemsize, 4 * num_experts), 1)  # offsets reach the result, too
+    is_aligned = aligned(*ins, to)
+    kernel = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
+    steps = () if config.plain else (logits_kernels.steps_for(width, slices, config),)
+    kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, num_tokens, *steps, to)
+    if slices > 1:
+        kernel = _router_logits_sum(num_experts, aligned(to, result), device)
+        kernel(*logits_kernels.sum_grid_for(num_tokens, num_experts), to, num_tokens, slices, result)
 
 
 def _platform() -> str:

@@ -68,6 +68,9 @@ RUN_TIME = {
     "combine bfloat16": (0, 1),
     "count_load 257 ids": (0,),
     "router_logits bfloat16": (0,),
+    "router_logits bfloat16, few tokens": (0,),
+    "router_logits bfloat16, many tokens": (0,),
+    "router_logits bfloat16 by float32": (0,),
     "grouped_matmul float16, middling, transposed": (0,),
     "route 256/8, 8 groups": (0,),
 }
