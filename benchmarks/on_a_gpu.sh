@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# What a change to the kernels has to go through on a GPU, in parts that each end within ten minutes:
+#
+#     benchmarks/on_a_gpu.sh tests|sanitize|bench|layers|endurance [OUT]
+#
+# OUT (default: $OUT, or ./gpu_output) gets the logs and results. Where .peers/peers.tar.xz lies in the repository, as
+# pack_peers.sh makes it, the peers' kernels are unpacked from there; else installed packages are taken, or none.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+part=${1:?tests, sanitize, bench, layers or endurance}
+out=${2:-${OUT:-gpu_output}}
+mkdir -p "$out"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
+
+note="peers as installed"
+if [ -f .peers/peers.tar.xz ] && [ ! -d /tmp/peers ]; then
+    mkdir -p /tmp/peers && tar xJf .peers/peers.tar.xz -C /tmp/peers
+    python3 -m pip install -q --no-index --no-deps --target /tmp/peers/site /tmp/peers/wheels/*.whl
+fi
+if [ -d /tmp/peers ]; then
+    export PYTHONPATH=/tmp/peers/flashinfer:/tmp/peers/site:/tmp/peers
+    note="peers packed by pack_peers.sh"
+fi
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+
+case $part in
+tests)
+    # The kernels first: what is wrong there makes everything after it fail.
+    python3 -m pytest -q --maxfail=30 tests/gpu/test_scale_gpu.py tests/gpu/test_native_gpu.py 2>&1 | tee "$out/kernels.log" | tail -15
+    python3 -m pytest -q --maxfail=30 tests/gpu --ignore=tests/gpu/test_scale_gpu.py --ignore=tests/gpu/test_native_gpu.py 2>&1 |
+        tee "$out/others.log" | tail -15
+    ;;
+sanitize)
+    for tool in memcheck racecheck; do
+        timeout 280 compute-sanitizer --tool $tool python3 -m benchmarks.sanitize >"$out/$tool.log" 2>&1
+        echo "$tool: exit $?; $(tail -1 "$out/$tool.log")"
+    done
+    ;;
+bench)
+    python3 -m jaxmoe bench --only route,movement,align,step,router_logits,host --output "$out/bench.json" --note "$note" 2>&1 |
+        tee "$out/bench.log" | tail -110
+    ;;
+layers)
+    python3 -m benchmarks.jax_layer --output "$out/jax_layer.json"
+    python3 -m jaxmoe bench --only experts,layer,huggingface --output "$out/layers.json" --note "$note" 2>&1 | tee "$out/layers.log" | tail -40
+    ;;
+endurance)
+    python3 -m benchmarks.endurance --output "$out/endurance.json"
+    ;;
+*)
+    echo "no such part: $part" >&2
+    exit 2
+    ;;
+esac
