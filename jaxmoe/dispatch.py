@@ -66,7 +66,7 @@ def plan_dispatch(
     expert_map: jax.Array | None = None,
     implementation: str | None = None,
 ) -> DispatchPlan:
-    """Plans the permutation of (token, slot) pairs into expert order: a stable counting sort in two kernels.
+    """Plans the permutation of (token, slot) pairs into expert order: a stable counting sort in one kernel or two.
 
     Within an expert the rows keep the order of the flat index t * S + j. The result depends on the ids alone: no
     atomics, the same bit for bit on every run.

@@ -127,7 +127,7 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, ...]:
     """Orders the (token, slot) pairs by expert and fills each expert up to whole blocks, for a grouped product.
 
-    Seven launches: two for the plan, five small ones for vLLM's form of it; three more with `expert_map`, three with
+    Six launches, or seven: one or two for the plan, five small ones for vLLM's form of it; three more with `expert_map`, three with
     `return_scatter_idx`, one with ids that are not int32.
 
     Beside vLLM: the pairs of an expert keep the order of their flat index (vLLM's may differ from run to run), and

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a t
 LAYER = audit.Layer(tokens=33, hidden=256, inner=128, experts=32, dtype="bfloat16")
 KERNELS = [
     "router_logits",
+    "router_logits_sum",
     "route",
     "plan_dispatch",
     "dispatch",
@@ -57,7 +58,7 @@ def test_lowering_says_what_the_driver_launches(column: str) -> None:
 
 
 def test_allocations(column: str) -> None:
-    """The results, and two that an op needs besides: the counts of the plan, the hidden rows of the experts."""
+    """The results, and two that an op needs besides: the sums of slices in router_logits, the hidden rows of the experts."""
     told, seen = counting.count(OURS[column], "meta"), counting.count(OURS[column], "cuda")
     assert told.allocations is not None
     assert seen.allocations is not None
