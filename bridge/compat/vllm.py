@@ -127,8 +127,8 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, ...]:
     """Orders the (token, slot) pairs by expert and fills each expert up to whole blocks, for a grouped product.
 
-    Six launches, or seven: one or two for the plan, five small ones for vLLM's form of it; three more with `expert_map`, three with
-    `return_scatter_idx`, one with ids that are not int32.
+    Six launches, or seven: one or two for the plan, five small ones for vLLM's form of it; three more with
+    `expert_map`, three with `return_scatter_idx`, one with ids that are not int32.
 
     Beside vLLM: the pairs of an expert keep the order of their flat index (vLLM's may differ from run to run), and
     `expert_ids` behind the last block in use are -1 (with `expert_map` vLLM may have the map's last entry there).
@@ -233,8 +233,8 @@ def moe_permute(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies tokens into the order of their experts, for a grouped product.
 
-    Nine launches: three for plan and rows, four small ones for the offsets (a prefix sum in int64, behind a zero), one
-    for each of the two index maps; three more for scales, one for ids that are not int32.
+    Eight launches, or nine: two or three for plan and rows, four small ones for the offsets (a prefix sum in int64,
+    behind a zero), one for each of the two index maps; three more for scales, one for ids that are not int32.
 
     Beside vLLM: rows that hold no token are zero (vLLM leaves them as they were), and every pair that has no row, its
     expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM

@@ -184,6 +184,7 @@ def test_one_compilation_serves_every_number_of_tokens(launches: list[Any]) -> N
     assert [name for name, _ in launches] == few * 6 + many * 2, "no tokens, no launch"
 
 
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtypes", ["bfloat16 bfloat16", "bfloat16 float32", "float32 float32"])
 def test_the_router_has_few_compilations(dtypes: str, launches: list[Any]) -> None:
     """H is cut into as many slices as it takes to fill the GPU, and the kernels do not know how many."""
@@ -207,6 +208,7 @@ def test_the_router_has_few_compilations(dtypes: str, launches: list[Any]) -> No
     assert not launches
 
 
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 def test_a_second_process_compiles_nothing(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     step(5)
     assert all(made.compiled for made in build.builds)
@@ -221,6 +223,7 @@ def test_a_second_process_compiles_nothing(launches: list[Any], monkeypatch: pyt
     assert sum(made.seconds for made in again) < 0.3
 
 
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 def test_addresses_that_are_not_aligned_get_a_kernel_of_their_own(launches: list[Any]) -> None:
     step(5)
     count = len(build.builds)
@@ -230,6 +233,7 @@ def test_addresses_that_are_not_aligned_get_a_kernel_of_their_own(launches: list
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 def test_no_alignment_is_assumed_then(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     compile_kernel = build.targets.compile_kernel

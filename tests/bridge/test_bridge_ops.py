@@ -147,7 +147,7 @@ def test_torch_compile(function: Callable[..., Any]) -> None:
     with_gradient = function is not in_place
     stack = [leaf(w) for w in weights(False)]
     router, bias = normal(16, H, seed=1, grad=True), normal(16, seed=2)
-    for tokens in (5, 9, 64, 3):
+    for tokens in (5, 9, 3):
         x = normal(tokens, H, seed=tokens, grad=with_gradient)
         got, wanted = compiled(x, router, bias, *stack), function(x, router, bias, *stack)
         for a, b in zip(got, wanted, strict=True):

@@ -58,7 +58,7 @@ def test_lowering_says_what_the_driver_launches(column: str) -> None:
 
 
 def test_allocations(column: str) -> None:
-    """The results, and two that an op needs besides: the sums of slices in router_logits, the hidden rows of the experts."""
+    """The results, and two that an op needs besides: sums of slices in router_logits, hidden rows of the experts."""
     told, seen = counting.count(OURS[column], "meta"), counting.count(OURS[column], "cuda")
     assert told.allocations is not None
     assert seen.allocations is not None
