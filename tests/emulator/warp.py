@@ -1,0 +1,89 @@
+"""Instructions that a warp executes as one: exchanges, reductions, and products of small matrices on tensor cores.
+
+Everything here works on arrays [warps, 32]. Where an element of a matrix lies is as the PTX manual draws it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.emulator.numbers import Array, canonical, from_bfloat16
+
+LANE = np.arange(32)
+REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+              "xor": np.bitwise_xor}  # fmt: skip
+
+
+def reduction(kind: str, values: Array) -> Array:
+    """redux.sync, for every thread."""
+    result = REDUCTIONS[kind].reduce(values, axis=1, dtype=values.dtype)
+    return np.repeat(result[:, None], 32, axis=1)
+
+
+def shuffle(mode: str, values: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
+    """shfl.sync: (what each thread gets, whether it came from a thread in range)."""
+    segment, bound, by = (clamp >> 8) & 31, clamp & 31, by & 31
+    first, last = LANE & segment, (LANE & segment) | (bound & ~segment)
+    source = {"up": LANE - by, "down": LANE + by, "bfly": LANE ^ by, "idx": first | (by & ~segment)}[mode]
+    inside = source >= last if mode == "up" else source <= last
+    return np.take_along_axis(values, np.where(inside, source, LANE), axis=1), inside
+
+
+def vote(kind: str, values: Array) -> Array:
+    """vote.sync: ballot gives bits, the others predicates."""
+    if kind == "ballot":
+        bits = (values.astype(np.uint64) << LANE.astype(np.uint64)).sum(axis=1).astype(np.uint32)
+        return np.repeat(bits[:, None], 32, axis=1)
+    result = {"all": values.all(axis=1), "any": values.any(axis=1)}[kind]
+    return np.repeat(result[:, None], 32, axis=1)
+
+
+def _elements(registers: list[Array], kind: str) -> Array:
+    """[warps, 32, elements]: what the registers hold, one after another."""
+    packed = np.stack(registers, axis=-1)
+    if kind == "s8":
+        return packed.view(np.int8).astype(np.int64)
+    halves = packed.view(np.uint16)
+    wide = from_bfloat16(halves) if kind == "bf16" else halves.view(np.float16)
+    return wide.astype(np.float64)
+
+
+def product(kind: str, a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
+    """mma.sync m16n8k16 of bf16 or f16, m16n8k32 of s8: a * b + c, summed in wider numbers and rounded once."""
+    group, place = (LANE >> 2)[:, None], (LANE & 3)[:, None]
+    run = 4 if kind == "s8" else 2  # elements in a register
+    depth = 8 * run
+    in_a, in_b = np.arange(4 * run)[None, :], np.arange(2 * run)[None, :]
+    wide = np.int64 if kind == "s8" else np.float64
+    left, right = np.zeros((len(a[0]), 16, depth), wide), np.zeros((len(a[0]), depth, 8), wide)
+    register, element = in_a // run, in_a % run
+    left[:, group + 8 * (register & 1), place * run + element + 4 * run * (register >> 1)] = _elements(a, kind)
+    register, element = in_b // run, in_b % run
+    right[:, place * run + element + 4 * run * register, group] = _elements(b, kind)
+    total = left @ right
+    results = []
+    for i, start in enumerate(c):
+        row, column = (LANE >> 2) + 8 * (i >> 1), (LANE & 3) * 2 + (i & 1)
+        if kind == "s8":
+            whole = np.clip(total[:, row, column] + start.view(np.int32), -(2**31), 2**31 - 1)
+            results.append(whole.astype(np.int32).view(np.uint32))
+        else:
+            whole = total[:, row, column] + start.view(np.float32)
+            results.append(canonical(whole.astype(np.float32)).view(np.uint32))
+    return results
+
+
+def from_rows(rows: list[Array], transposed: bool) -> list[Array]:
+    """ldmatrix: rows [warps, 8 rows, 8 halves] of each matrix -> the register of each thread."""
+    registers = []
+    for matrix in rows:
+        matrix = matrix.swapaxes(1, 2) if transposed else matrix
+        pair = np.ascontiguousarray(matrix).reshape(-1, 32, 2)
+        registers.append(pair.view(np.uint32)[..., 0])
+    return registers
+
+
+def to_rows(registers: list[Array], transposed: bool) -> list[Array]:
+    """stmatrix: the reverse of `from_rows`."""
+    matrices = [np.ascontiguousarray(r)[..., None].view(np.uint16).reshape(-1, 8, 8) for r in registers]
+    return [m.swapaxes(1, 2) if transposed else m for m in matrices]
