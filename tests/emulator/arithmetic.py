@@ -248,11 +248,15 @@ def _select(op: str, mods: list[str], seed: int) -> Operation | None:
 
 def _compare(op: str, mods: list[str], seed: int) -> Operation | None:
     relation, *mods, kind = mods
-    ftz = "ftz" in mods
+    as_float: Callable[[Array], Array] | None = {
+        "f32": flush if "ftz" in mods else lambda x: x,
+        "f16": lambda x: x.astype(np.float32),
+        "bf16": numbers.from_bfloat16,
+    }.get(kind)
     mods = [mod for mod in mods if mod != "ftz"]
     if len(mods) > 1 or not set(mods) <= set(BOOLEAN):
         return None
-    if kind == "f32":
+    if as_float:
         unordered = lambda a, b: np.isnan(a) | np.isnan(b)
         compare: Callable[..., Array] | None = {"nan": unordered, "num": lambda a, b: ~unordered(a, b)}.get(relation)
         if compare is None and relation in ORDERED:
@@ -268,8 +272,8 @@ def _compare(op: str, mods: list[str], seed: int) -> Operation | None:
     if compare is None:
         return None
     found = compare
-    if ftz:
-        found = lambda a, b: compare(flush(a), flush(b))
+    if as_float:
+        found = lambda a, b: compare(as_float(a), as_float(b))
     if not mods:
         return Operation(found, (kind, kind), "pred")
     combine = BOOLEAN[mods[0]]

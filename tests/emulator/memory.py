@@ -95,8 +95,8 @@ class Global:
                 r.used = True
                 found.append((r, left[inside]))
                 left = left[~inside]
-                if not len(left):
-                    return found
+        if not len(left):
+            return found
         address = int(addresses[left[0]])
         near = min(self.ranges, key=lambda r: min(abs(address - r.start), abs(address - r.stop)), default=None)
         where = near and f"; the nearest tensor lies {near.start - address:+d} to {near.stop - address:+d} bytes from it"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import torch
 
@@ -28,9 +30,10 @@ class Emulator:
         self._kept: list[torch.Tensor] = []  # so that no address is used again
 
     def add(self, tensor: torch.Tensor, writable: bool = True) -> torch.Tensor:
-        """Registers the tensor's whole storage, which a kernel may read or also write."""
-        storage = tensor.untyped_storage()
-        self.memory.add(storage.data_ptr(), storage.nbytes(), tensor.element_size(), writable)
+        """Registers what the tensor spans, which a kernel may read or also write."""
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = sum((side - 1) * stride for side, stride in steps) + 1 if tensor.numel() else 0
+        self.memory.add(tensor.data_ptr(), span * tensor.itemsize, tensor.itemsize, writable)
         self._kept.append(tensor)
         return tensor
 
@@ -38,11 +41,24 @@ class Emulator:
         """A tensor full of poison; `offset` elements stand before it."""
         flat = torch.empty(torch.Size(shape).numel() + offset, dtype=dtype)
         flat.view(torch.uint8).fill_(POISON)
-        return self.add(flat)[offset:].view(shape)
+        return self.add(flat[offset:].view(shape))
+
+    def put(self, array: Any, offset: int = 0, extra: int = 0) -> torch.Tensor:
+        """An array as a tensor only to be read; `extra` columns of NaN lie between its rows."""
+        values = np.asarray(array)
+        dtype = getattr(torch, values.dtype.name)
+        bits = values.view(f"i{values.itemsize}") if values.dtype.kind == "V" else values
+        if extra:
+            wide = torch.full((values.shape[0], values.shape[1] + extra), torch.nan, dtype=dtype)
+            tensor = wide[:, : values.shape[1]]
+        else:
+            tensor = torch.empty(values.size + offset, dtype=dtype)[offset:].view(values.shape)
+        tensor.copy_(torch.from_numpy(bits.copy()).view(dtype))
+        return self.add(tensor, writable=False)
 
     def install(self, target: str, patch: pytest.MonkeyPatch) -> None:
         """From here on kernels on CPU tensors run in this emulator, compiled for `target`."""
-        known, compile_kernel, binary = targets.TARGETS[target], targets.compile_kernel, targets.binary
+        known, binary = targets.TARGETS[target], targets.binary
         emulator = self
 
         def keep(kernel: targets.Lowered, compiled: Any) -> Binary:
@@ -68,7 +84,6 @@ class Emulator:
             made.view(-1).view(torch.uint8).fill_(POISON)
             return self.add(made)
 
-        patch.setattr(targets, "compile_kernel", compile_kernel)
         patch.setattr(targets, "binary", keep)
         patch.setattr(build, "target_of", lambda device: known)
         patch.setattr(build, "Kernel", Kernel)
@@ -76,6 +91,13 @@ class Emulator:
         patch.setattr(build.cache, "store", lambda key, binaries: None)
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         forget()
+
+
+def array(tensor: torch.Tensor) -> Any:
+    """A tensor as an array, bfloat16 too."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
+    return tensor.numpy()
 
 
 def forget() -> None:

@@ -25,8 +25,8 @@ def number(text: str, kind: str) -> Array:
     dtype = np.dtype(DTYPES[kind])
     if found := re.fullmatch(r"0[fFdD]([0-9a-fA-F]+)", text):
         value = int(found[1], 16)
-    elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)", text):
-        value = int(text, 0)
+    elif found := re.fullmatch(r"(-?(?:0[xX][0-9a-fA-F]+|\d+))U?", text):
+        value = int(found[1], 0)
     else:
         raise NotImplementedError(f"operand {text}")
     if kind == "pred":
