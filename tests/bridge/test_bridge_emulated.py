@@ -1,8 +1,8 @@
 """The native path's kernels, compiled by triton and run on this machine: `tests/emulator` executes their PTX.
 
-What it shows that the interpreter cannot: that triton's layouts, exchanges and reshapes do what the kernel says; that no
-access leaves its tensor or is unaligned; that programs and warps do not depend on one another's pace. By default some
-cases run; with JAXMOE_EMULATE=all every one does, and for more targets.
+What it shows that the interpreter cannot: that triton's layouts, exchanges and reshapes do what the kernel says; that
+no access leaves its tensor or is unaligned; that programs and warps do not depend on one another's pace. By default
+some cases run; with JAXMOE_EMULATE=all every one does, and for more targets.
 """
 
 from __future__ import annotations

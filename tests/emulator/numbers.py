@@ -109,7 +109,7 @@ APPROXIMATE: dict[str, tuple[Callable[..., Array], float]] = {
 
 
 def approximate(name: str, seed: int, *args: Array) -> Array:
-    """One of `APPROXIMATE` on float32, off by up to its largest error; seed 0: rounded correctly."""
+    """One of `APPROXIMATE` on float32, off by up to its largest error, then rounded; seed 0: rounded alone."""
     function, error = APPROXIMATE[name]
     # rsqrt(-0.0) is -inf and so is its reciprocal: signs of zeros survive float64.
     wide = function(*(x.astype(np.float64) for x in args))

@@ -1,7 +1,7 @@
 """Reading PTX: the one kernel of a module as a list of instructions.
 
-What a statement means is for `machine` to say. Debug directives are dropped here, and scopes are ignored: a name that is
-declared twice must have one type.
+What a statement means is for `translate` to say. Debug directives are dropped here, and scopes are ignored: a name that
+is declared twice must have one type.
 """
 
 from __future__ import annotations

@@ -347,9 +347,7 @@ class Translator:
 
         def multiply(state: Any, lanes: Lanes) -> None:
             state.warps(lanes)
-            a, b, c = (
-                [state.whole(read(state, lanes), lanes).reshape(-1, 32) for read in matrix] for matrix in reads
-            )
+            a, b, c = ([state.whole(read(state, lanes), lanes).reshape(-1, 32) for read in matrix] for matrix in reads)
             for write, register in zip(writes, warp.product(kind, a, b, c), strict=True):
                 write(state, register.ravel(), lanes)
 
