@@ -205,7 +205,7 @@ def _count(op: str, mods: list[str], seed: int) -> Operation | None:
     if op == "popc":
         return Operation(lambda a: np.bitwise_count(a).astype(np.uint32), (kind,), "u32")
     if op == "clz":
-        first = lambda a: np.where(a == 0, bits, spread(a)[:, ::-1].argmax(axis=1)).astype(np.uint32)
+        first: Callable[..., Array] = lambda a: np.where(a, spread(a)[:, ::-1].argmax(axis=1), bits).astype(np.uint32)
         return Operation(first, (kind,), "u32")
     weights = np.uint64(1) << np.arange(bits, dtype=np.uint64)[::-1]
     return Operation(lambda a: (spread(a) * weights).sum(axis=1).astype(a.dtype), (kind,), kind)
@@ -216,7 +216,7 @@ def _permute(op: str, mods: list[str], seed: int) -> Operation | None:
         return None
 
     def function(a: Array, b: Array, selector: Array) -> Array:
-        both, result = b.astype(np.uint64) << np.uint64(32) | a, np.uint32(0)
+        both, result = b.astype(np.uint64) << np.uint64(32) | a, np.zeros_like(a)
         for i in range(4):
             nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
             byte = (both >> (8 * (nibble & np.uint32(7))).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
@@ -232,7 +232,7 @@ def _lop3(op: str, mods: list[str], seed: int) -> Operation | None:
         return None
 
     def function(a: Array, b: Array, c: Array, table: Array) -> Array:
-        result = np.uint32(0)
+        result = np.zeros_like(a)
         for row in range(8):
             term = (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
             result = result | np.where((table >> np.uint32(row)) & np.uint32(1), term, np.uint32(0))

@@ -57,9 +57,8 @@ class Range:
     def __init__(self, start: int, size: int, cell: int, writable: bool) -> None:
         self.start, self.stop, self.cell, self.writable = start, start + size, cell, writable
         self.base = start // 16 * 16
-        whole = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * (-(-(self.stop - self.base) // 16) * 16)).from_address(self.base)
-        )
+        length = -(-(self.stop - self.base) // 16) * 16
+        whole = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.base))
         self.views = {width: whole.view(f"u{width}") for width in (1, 2, 4, 8)}
         self.marks = Marks(-(-size // cell))
         self.used = False
@@ -101,9 +100,7 @@ class Global:
             return found
         address = int(addresses[left[0]])
         near = min(self.ranges, key=lambda r: min(abs(address - r.start), abs(address - r.stop)), default=None)
-        where = (
-            near and f"; the nearest tensor lies {near.start - address:+d} to {near.stop - address:+d} bytes from it"
-        )
+        where = near and f"; the nearest tensor lies at {near.start - address:+d} to {near.stop - address:+d} bytes"
         raise Fault(f"{size} bytes at {address:#x} are in no tensor{where}; {len(left)} accesses like this")
 
     def _cells(self, r: Range, addresses: Array, size: int) -> Array:

@@ -257,7 +257,7 @@ class Translator:
         return load
 
     def _stmatrix(self, instruction: Instruction) -> Step:
-        count, transposed = self._matrices(instruction)
+        _, transposed = self._matrices(instruction)
         at, source = instruction.operands
         assert isinstance(source, tuple)
         address, reads = self.address(at, "u32"), [self.read(part, "b32") for part in source]
