@@ -52,6 +52,9 @@ def _basic(op: str, mods: list[str], seed: int) -> Operation | None:
     """Additions, subtractions, products, minima and maxima, negation, absolute values."""
     *mods, kind = mods
     count = 1 if op in ("neg", "abs") else 2
+    if kind in ("s16x2", "u16x2"):
+        half = _basic(op, [*mods, kind.removesuffix("x2")], seed)
+        return half and Operation(_by_halves(half.function, kind[:3]), ("b32",) * count, "b32")
     if _is_int(kind) and op != "mul" and not mods:
         functions: dict[str, Callable[..., Array]] = {
             "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
@@ -71,6 +74,10 @@ def _basic(op: str, mods: list[str], seed: int) -> Operation | None:
         "abs": np.abs,
     }
     return Operation(_flushed(floats[op], "ftz" in mods), (kind,) * count, kind)
+
+
+def _by_halves(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
+    return lambda *args: function(*(np.ascontiguousarray(a).view(DTYPES[kind]) for a in args)).view(np.uint32)
 
 
 def _flushed(function: Callable[..., Array], ftz: bool) -> Callable[..., Array]:
@@ -316,7 +323,7 @@ def _convert(op: str, mods: list[str], seed: int) -> Operation | None:
 
 
 def _move(op: str, mods: list[str], seed: int) -> Operation | None:
-    if op == "cvta" and mods == ["to", "global", "u64"]:
+    if op == "cvta" and mods in (["to", "global", "u64"], ["local", "u64"]):
         mods = ["u64"]
     (kind,) = mods
     return Operation(np.copy, (kind,), kind)  # a copy, since registers are written in place

@@ -76,12 +76,13 @@ class State:
         self.lanes = len(ids) * threads
         self.registers = _Registers(code.kernel, self.lanes)
         self.thread = np.tile(np.arange(threads, dtype=np.uint32), len(ids))
-        self.local = np.repeat(np.arange(len(ids)), threads)
-        self.program = ids.astype(np.int32)[self.local]
+        self.member = np.repeat(np.arange(len(ids)), threads)  # which program of the batch
+        self.program = ids.astype(np.int32)[self.member]
         self.everyone = np.arange(self.lanes)
         # Threads of one warp must not rely on one another either, where the program is one warp.
         self.who = (self.thread // np.uint32(1 if threads == 32 else 32)).astype(np.int32)
         self.shared = Shared(code.shared_bytes, len(ids))
+        self.local = Shared(code.kernel.local_bytes, self.lanes)
         self.groups = np.zeros(self.lanes, np.int64)  # of asynchronous copies, so far
         self.pending: list[tuple[Array, Array, Array, list[Array]]] = []
 
@@ -113,14 +114,18 @@ class State:
         here = self.indices(lanes)
         if space == "global":
             return self.memory.load(addresses, width, count, self.program[here])
-        return self.shared.load(addresses, width, count, self.local[here], self.who[here])
+        if space == "local":
+            return self.local.load(addresses, width, count, here, self.who[here])
+        return self.shared.load(addresses, width, count, self.member[here], self.who[here])
 
     def store(self, space: str, addresses: Array, width: int, words: list[Array], lanes: Lanes) -> None:
         here = self.indices(lanes)
         if space == "global":
             self.memory.store(addresses, width, words, self.program[here])
+        elif space == "local":
+            self.local.store(addresses, width, words, here, self.who[here])
         else:
-            self.shared.store(addresses, width, words, self.local[here], self.who[here])
+            self.shared.store(addresses, width, words, self.member[here], self.who[here])
 
     def commit(self, lanes: Lanes) -> None:
         self.groups[self.indices(lanes)] += 1
@@ -146,10 +151,10 @@ class State:
 
     def warp_barrier(self, lanes: Lanes) -> None:
         if self.threads == 32:
-            self.shared.barrier(np.unique(self.local[self.indices(lanes)]))
+            self.shared.barrier(np.unique(self.member[self.indices(lanes)]))
 
     def barrier(self, lanes: Lanes) -> None:
-        programs, counts = np.unique(self.local[self.indices(lanes)], return_counts=True)
+        programs, counts = np.unique(self.member[self.indices(lanes)], return_counts=True)
         if (counts != self.threads).any():
             raise Fault("a barrier that some threads of the program do not reach")
         self.shared.barrier(programs)

@@ -150,7 +150,7 @@ class Global:
 
 
 class Shared:
-    """Shared memory of all programs of a batch, a copy each."""
+    """Shared memory of all programs of a batch, a copy each; or the local memory of their threads."""
 
     BASE = 1024  # where it begins: not at 0, which would hide an address that is missing
 
@@ -168,7 +168,7 @@ class Shared:
         offset = addresses.astype(np.int64) - self.BASE
         wrong = (offset < 0) | (offset + size > self.size)
         if wrong.any():
-            raise Fault(f"{size} bytes at {int(offset[wrong.argmax()])} of {self.size} bytes of shared memory")
+            raise Fault(f"{size} bytes at {int(offset[wrong.argmax()])} of the {self.size} that there are")
         return offset + program * self.stride
 
     def load(self, addresses: Array, width: int, count: int, program: Array, who: Array) -> list[Array]:

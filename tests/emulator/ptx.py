@@ -42,11 +42,11 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)  # the letters of a register's name -> its type
+    local_bytes: int = 0  # of a thread
 
 
 _LABEL = re.compile(r"([$\w]+):\s*(?!:)")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%?[a-zA-Z_]+)(?:<\d+>|\d*)$")
-_IGNORED = (".loc", ".pragma")
 
 
 def parse(text: str) -> Kernel:
@@ -77,7 +77,7 @@ def _body(text: str) -> str:
 
 
 def _statements(body: str) -> Iterator[str]:
-    body = re.sub(r"^\s*\.loc[^\n]*", "", body, flags=re.M)
+    body = re.sub(r"^\s*\.loc\s[^\n]*", "", body, flags=re.M)
     for statement in body.split(";"):
         statement = " ".join(statement.split())
         # Braces that open or close a block stand in front; those of vectors never do.
@@ -91,7 +91,10 @@ def _add(kernel: Kernel, statement: str) -> None:
     while found := _LABEL.match(statement):
         kernel.labels[found[1]] = len(kernel.code)
         statement = statement[found.end() :].lstrip("{} ")
-    if not statement or statement.startswith(_IGNORED):
+    if not statement or statement.startswith(".pragma "):
+        return
+    if found := re.fullmatch(r"\.local \.align \d+ \.b8 __local_depot0\[(\d+)\]", statement):
+        kernel.local_bytes = int(found[1])
         return
     if statement.startswith("."):
         registers = _REGISTERS.match(statement)

@@ -64,6 +64,9 @@ def run(body: str, values: Any = (0, 0, 0, 0), *, programs: int = 1, shared: int
     return out, record
 
 
+LOCAL = """.local .align 4 .b8 __local_depot0[8]; .reg .b64 %SP; .reg .b32 %SPL; mov.b32 %SPL, __local_depot0;
+    cvt.u64.u32 %SP, %SPL; cvta.local.u64 %SP, %SP; mov.b32 {%rs1, %rs2}, %r1; st.b16 [%SP+2], %rs1;
+    ld.b8 %rs3, [%SP+3]; cvt.u32.u16 %r5, %rs3;"""
 ONE_THREAD: list[tuple[str, tuple[int, ...], int]] = [
     ("add.s32 %r5, %r1, %r2;", (0x7FFFFFFF, 1), 0x80000000),
     ("mul.lo.s32 %r5, %r1, %r2;", (0x10001, 0x10001), 0x20001),
@@ -145,12 +148,26 @@ ONE_THREAD: list[tuple[str, tuple[int, ...], int]] = [
     ("mov.b32 {%rs1, %rs2}, %r1; cvt.f32.bf16 %r5, %rs2;", (0x40400000,), bits(3)),
     ("mov.b32 {%rs1, %rs2}, %r1; cvt.f32.f16 %r5, %rs1;", (0x3C00,), bits(1)),
     ("mov.b32 {%rs1, %rs2}, %r1; setp.nan.bf16 %p1, %rs1, %rs2; selp.b32 %r5, 1, 2, %p1;", (0x7FC03F80,), 1),
+    (
+        "setp.lt.bf16x2 %p1|%p2, %r1, %r2; selp.b32 %r5, 1, 0, %p1; @%p2 add.s32 %r5, %r5, 2;",
+        (0x40003F80, 0x40004000),
+        1,
+    ),
+    ("setp.lt.u32 %p1|%p2, %r1, 5; selp.b32 %r5, 1, 0, %p1; @%p2 add.s32 %r5, %r5, 2;", (9,), 2),
+    ("add.s16x2 %r5, %r1, %r2;", (0x0001FFFF, 0x00020002), 0x00030001),
+    (
+        LOCAL,
+        (0x1234,),
+        0x12,
+    ),
     ("mov.b32 %r5, 0f3FB8AA3B;", (), 0x3FB8AA3B),
     ("{ .reg .b32 %r<19>; mov.u32 %r5, -1; }", (), 0xFFFFFFFF),
 ]
 
 
-@pytest.mark.parametrize(("body", "values", "want"), ONE_THREAD, ids=[body for body, *_ in ONE_THREAD])
+@pytest.mark.parametrize(
+    ("body", "values", "want"), ONE_THREAD, ids=[" ".join(body.split()) for body, *_ in ONE_THREAD]
+)
 def test_one_thread(body: str, values: tuple[int, ...], want: int) -> None:
     out, _ = run(body, (*values, 0, 0, 0, 0)[:4])
     assert [hex(x) for x in np.unique(out)] == [hex(want)]
@@ -224,7 +241,7 @@ def test_shared_memory_and_barrier() -> None:
         run(body.replace("bar.sync 0;", ""))
     with pytest.raises(Fault, match="some threads"):
         run(body.replace("bar.sync 0;", "setp.eq.b32 %p1, %r6, 3; @%p1 bar.sync 0;"))
-    with pytest.raises(Fault, match="of 255 bytes of shared memory"):
+    with pytest.raises(Fault, match="of the 255 that there are"):
         run(body, shared=255)
     out, _ = run("mov.b32 %r10, global_smem; ld.shared.b32 %r5, [%r10 + 4];")
     assert set(out) == {POISON * 0x01010101}, "nobody wrote it"
@@ -275,7 +292,7 @@ def test_what_a_kernel_must_not_do() -> None:
         "cvt.rz.bf16.f32 %rs1, %r1;",
         "mov.u32 %r5, %clock;",
         "redux.sync.max.s32 %r5, %r1, 0x0000ffff;",
-        "ld.local.b32 %r5, [%r1];",
+        "ld.const.b32 %r5, [%r1];",
         "bar.sync 1;",
     ],
 )

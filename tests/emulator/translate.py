@@ -56,7 +56,7 @@ class Translator:
             raise NotImplementedError(f"operand {operand}")
         if operand.startswith("%") and declared is None:
             return lambda state, lanes: state.special(operand, lanes).astype(dtype)
-        if operand == "global_smem":
+        if operand in ("global_smem", "__local_depot0"):
             return lambda state, lanes: np.array([Shared.BASE], dtype)
         if declared is None:
             value = number(operand, kind)
@@ -140,6 +140,32 @@ class Translator:
             return pack
         return None
 
+    def _setp(self, instruction: Instruction) -> Step | None:
+        """With two results: of packed halves each one's, else the second is the opposite of the first."""
+        *parts, kind = instruction.name.split(".")
+        to, *sources = instruction.operands
+        packed = kind.endswith("x2")
+        if "|" not in str(to):
+            return None
+        first, second = (self.write(part) for part in str(to).split("|"))
+        found = operation(".".join([*parts, kind.removesuffix("x2")]), self.seed)
+        if len(sources) != 2 or len(found.sources) != 2:
+            raise NotImplementedError(instruction.text)
+        reads = [self.read(source, "b32" if packed else kind) for source in sources]
+
+        def compare(state: Any, lanes: Lanes) -> None:
+            values = [state.whole(read(state, lanes), lanes) for read in reads]
+            if not packed:
+                result = found.function(*values)
+                first(state, result, lanes)
+                second(state, ~result, lanes)
+                return
+            halves = [value[:, None].view(DTYPES[kind.removesuffix("x2")]) for value in values]
+            for i, write in enumerate((first, second)):
+                write(state, found.function(*(np.ascontiguousarray(half[:, i]) for half in halves)), lanes)
+
+        return compare
+
     # Memory
 
     def _ld(self, instruction: Instruction) -> Step:
@@ -150,7 +176,7 @@ class Translator:
         assert len(writes) == count, instruction.text
         if space == "param":
             return lambda state, lanes: writes[0](state, state.params[at.base].view(DTYPES[kind]), lanes)
-        address = self.address(at, "u64" if space == "global" else "u32")
+        address = self.address(at, self._width(space, at))
 
         def load(state: Any, lanes: Lanes) -> None:
             values = state.load(space, address(state, lanes), width, count, lanes)
@@ -162,7 +188,7 @@ class Translator:
     def _st(self, instruction: Instruction) -> Step:
         space, _, count, kind = self._access(instruction)
         at, source = instruction.operands
-        address = self.address(at, "u64" if space == "global" else "u32")
+        address = self.address(at, self._width(space, at))
         width = np.dtype(DTYPES[kind]).itemsize
         reads = [self.read(part, f"b{8 * width}") for part in (source if isinstance(source, tuple) else (source,))]
         assert len(reads) == count, instruction.text
@@ -174,6 +200,12 @@ class Translator:
 
         return store
 
+    def _width(self, space: str, at: Operand) -> str:
+        """The type of an address."""
+        assert isinstance(at, Address)
+        wide = space == "global" or register_kind(self.kernel, at.base) == "b64"
+        return "u64" if wide else "u32"
+
     def _access(self, instruction: Instruction) -> tuple[str, int, int, str]:
         """(space, bytes of a word, words, type)."""
         _, *mods, kind = instruction.name.split(".")
@@ -181,7 +213,8 @@ class Translator:
         count = 1
         if len(mods) == 2 and re.fullmatch("v[248]", mods[1]):
             count = int(mods.pop()[1])
-        if len(mods) != 1 or mods[0] not in ("global", "shared", "param"):
+        mods = mods or ["local"]  # the only memory that these kernels address without saying which: local checks it
+        if len(mods) != 1 or mods[0] not in ("global", "shared", "param", "local"):
             raise NotImplementedError(instruction.text)
         return mods[0], np.dtype(DTYPES[kind]).itemsize, count, kind
 
