@@ -13,8 +13,9 @@ import numpy as np
 
 from tests.emulator.memory import POISON, Fault, Global, Shared
 from tests.emulator.numbers import DTYPES, Array
+from tests.emulator.operands import Lanes, Read
 from tests.emulator.ptx import Instruction, Kernel, parse
-from tests.emulator.translate import Lanes, Translator, guard
+from tests.emulator.translate import Translator, guard
 
 MOST_LANES = 1 << 15  # of a batch
 MOST_SHARED = 1 << 24  # bytes of a batch
@@ -142,10 +143,15 @@ class State:
             if not done.all():
                 self.pending.append((here[~done], group[~done], to[~done], [word[~done] for word in words]))
 
-    def warps(self, lanes: Lanes) -> Array:
-        """[warps, 32], the lanes by warp, all of which must be there."""
+    def by_warp(self, read: Read, lanes: Lanes) -> Array:
+        """[warps, 32] of what is read."""
+        return self.whole(read(self, lanes), lanes).reshape(-1, 32)
+
+    def warps(self, lanes: Lanes, together: int = 32) -> Array:
+        """[warps, 32], the lanes by warp; of each `together` threads all must be there."""
         here = self.indices(lanes)
-        if len(here) % 32 or not np.array_equal(here.reshape(-1, 32), here[::32, None] // 32 * 32 + np.arange(32)):
+        whole = here[::together, None] // together * together + np.arange(together)
+        if len(here) % together or not np.array_equal(here.reshape(-1, together), whole):
             raise Fault("a collective instruction that some threads of the warp do not reach")
         return here.reshape(-1, 32)
 

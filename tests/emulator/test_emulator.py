@@ -287,7 +287,7 @@ def test_what_a_kernel_must_not_do() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "wgmma.fence.sync.aligned;",
+        "wgmma.fence;",
         "add.cc.u32 %r5, %r1, %r2;",
         "cvt.rz.bf16.f32 %rs1, %r1;",
         "mov.u32 %r5, %clock;",
@@ -334,7 +334,8 @@ def test_matrix_product(kind: str) -> None:
         for i in range(4):
             row, column = group + 8 * (i // 2), place * 2 + i % 2
             c[i, 0, lane] = start[row, column].view(np.uint32)
-    got = warp.product(kind, list(a), list(b), list(c))
+    matrices = warp.left(kind, list(a)), warp.right(kind, list(b))
+    got = warp.add_product(kind, *matrices, list(c), saturate=True)
     for lane in range(32):
         for i in range(4):
             row, column = lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2

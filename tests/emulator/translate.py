@@ -8,37 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulator import warp
 from tests.emulator.arithmetic import operation
-from tests.emulator.memory import POISON, Fault, Shared
-from tests.emulator.numbers import DTYPES, Array
+from tests.emulator.collective import Collective
+from tests.emulator.memory import POISON, Fault
+from tests.emulator.numbers import DTYPES
+from tests.emulator.operands import Lanes, Step
 from tests.emulator.ptx import Address, Instruction, Kernel, Operand, register_kind
 
-Lanes = Array | None  # indices of threads in the batch; None: all of them
-Step = Callable[[Any, Lanes], None]
-Read = Callable[[Any, Lanes], Array]
 HINTS = re.compile(r"L[12]::\w+|nc|relaxed|acquire|acq_rel|release|volatile|gpu|cta|weak|noftz")
 
 
-def number(text: str, kind: str) -> Array:
-    """A number in an instruction, as an array of one."""
-    dtype = np.dtype(DTYPES[kind])
-    if found := re.fullmatch(r"0[fFdD]([0-9a-fA-F]+)", text):
-        value = int(found[1], 16)
-    elif found := re.fullmatch(r"(-?(?:0[xX][0-9a-fA-F]+|\d+))U?", text):
-        value = int(found[1], 0)
-    else:
-        raise NotImplementedError(f"operand {text}")
-    if kind == "pred":
-        return np.array([value != 0])
-    return np.array([value % 256**dtype.itemsize], np.uint64).astype(f"u{dtype.itemsize}").view(dtype)
-
-
-class Translator:
-    """Of one kernel. `seed`: of the errors of approximate functions."""
-
-    def __init__(self, kernel: Kernel, seed: int) -> None:
-        self.kernel, self.seed = kernel, seed
+class Translator(Collective):
+    """Of one kernel."""
 
     def step(self, instruction: Instruction) -> Step:
         """What this instruction does, whatever its guard."""
@@ -46,64 +27,6 @@ class Translator:
         special = getattr(self, f"_{first}", None)
         step = special(instruction) if special else None
         return step or self._plain(instruction)
-
-    # Operands
-
-    def read(self, operand: Operand, kind: str) -> Read:
-        dtype = np.dtype(DTYPES[kind])
-        declared = register_kind(self.kernel, operand) if isinstance(operand, str) else None
-        if not isinstance(operand, str):
-            raise NotImplementedError(f"operand {operand}")
-        if operand.startswith("%") and declared is None:
-            return lambda state, lanes: state.special(operand, lanes).astype(dtype)
-        if operand in ("global_smem", "__local_depot0"):
-            return lambda state, lanes: np.array([Shared.BASE], dtype)
-        if declared is None:
-            value = number(operand, kind)
-            return lambda state, lanes: value
-        narrower = np.dtype(DTYPES[declared]).itemsize - dtype.itemsize
-        if narrower < 0:
-            raise NotImplementedError(f"{operand} read as {kind}")
-
-        def read(state: Any, lanes: Lanes) -> Array:
-            values = state.registers[operand]
-            values = values if lanes is None else values[lanes]
-            return values.astype(f"u{dtype.itemsize}").view(dtype) if narrower else values.view(dtype)
-
-        return read
-
-    def write(self, register: Operand) -> Callable[[Any, Array, Lanes], None]:
-        if register == "_":
-            return lambda state, values, lanes: None
-        declared = register_kind(self.kernel, register) if isinstance(register, str) else None
-        if declared is None:
-            raise NotImplementedError(f"result {register}")
-        dtype = np.dtype(DTYPES[declared])
-
-        def write(state: Any, values: Array, lanes: Lanes) -> None:
-            if values.dtype.itemsize > dtype.itemsize:
-                raise NotImplementedError(f"{values.dtype} into {register}")
-            if values.dtype.itemsize < dtype.itemsize:  # extended, by the sign if it has one
-                values = values.astype(f"{values.dtype.kind}{dtype.itemsize}")
-            values = values.view(dtype)
-            if lanes is not None:
-                state.registers[register][lanes] = values
-            else:
-                full = len(values) == state.lanes
-                state.registers[register] = values if full else np.repeat(values, state.lanes)
-
-        return write
-
-    def address(self, operand: Operand, kind: str) -> Read:
-        assert isinstance(operand, Address)
-        base, offset = self.read(operand.base, kind), operand.offset
-
-        def read(state: Any, lanes: Lanes) -> Array:
-            values = base(state, lanes)
-            values = values + values.dtype.type(offset) if offset >= 0 else values - values.dtype.type(-offset)
-            return np.broadcast_to(values, (state.lanes if lanes is None else len(lanes),))
-
-        return read
 
     # Instructions of one thread
 
@@ -264,143 +187,6 @@ class Translator:
             state.pending.append((here, state.groups[here], to, words))
 
         return copy
-
-    def _matrices(self, instruction: Instruction) -> tuple[int, bool]:
-        found = re.fullmatch(r"\w+\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", instruction.name)
-        if not found:
-            raise NotImplementedError(instruction.text)
-        return int(found[1]), bool(found[2])
-
-    def _ldmatrix(self, instruction: Instruction) -> Step:
-        count, transposed = self._matrices(instruction)
-        to, at = instruction.operands
-        assert isinstance(to, tuple)
-        address, writes = self.address(at, "u32"), [self.write(part) for part in to]
-
-        def load(state: Any, lanes: Lanes) -> None:
-            warps, rows = state.warps(lanes), address(state, lanes).reshape(-1, 32)
-            matrices = []
-            for m in range(count):  # eight threads say where a matrix' rows are
-                who = warps[:, 8 * m : 8 * m + 8].ravel()
-                words = state.load("shared", rows[:, 8 * m : 8 * m + 8].ravel(), 2, 8, who)
-                matrices.append(np.stack(words, axis=-1).reshape(-1, 8, 8))
-            for write, register in zip(writes, warp.from_rows(matrices, transposed), strict=True):
-                write(state, register.ravel(), lanes)
-
-        return load
-
-    def _stmatrix(self, instruction: Instruction) -> Step:
-        _, transposed = self._matrices(instruction)
-        at, source = instruction.operands
-        assert isinstance(source, tuple)
-        address, reads = self.address(at, "u32"), [self.read(part, "b32") for part in source]
-
-        def store(state: Any, lanes: Lanes) -> None:
-            warps, rows = state.warps(lanes), address(state, lanes).reshape(-1, 32)
-            registers = [state.whole(read(state, lanes), lanes).reshape(-1, 32) for read in reads]
-            for m, matrix in enumerate(warp.to_rows(registers, transposed)):
-                who = warps[:, 8 * m : 8 * m + 8].ravel()
-                words = list(np.ascontiguousarray(matrix.reshape(-1, 8).T))
-                state.store("shared", rows[:, 8 * m : 8 * m + 8].ravel(), 2, words, who)
-
-        return store
-
-    # Instructions of a warp, which all of its threads must execute
-
-    def _members(self, operand: Operand) -> Step:
-        read = self.read(operand, "u32")
-
-        def check(state: Any, lanes: Lanes) -> None:
-            state.warps(lanes)
-            if (read(state, lanes) != 0xFFFFFFFF).any():
-                raise NotImplementedError("a collective instruction of part of a warp")
-
-        return check
-
-    def _redux(self, instruction: Instruction) -> Step:
-        _, sync, kind, dtype = instruction.name.split(".")
-        if sync != "sync" or kind not in warp.REDUCTIONS or dtype not in ("s32", "u32", "b32"):
-            raise NotImplementedError(instruction.text)
-        to, source, members = instruction.operands
-        write, read, check = self.write(to), self.read(source, dtype), self._members(members)
-
-        def reduce(state: Any, lanes: Lanes) -> None:
-            check(state, lanes)
-            values = state.whole(read(state, lanes), lanes).reshape(-1, 32)
-            write(state, warp.reduction(kind, values).ravel(), lanes)
-
-        return reduce
-
-    def _shfl(self, instruction: Instruction) -> Step:
-        _, sync, mode, dtype = instruction.name.split(".")
-        to, source, by, clamp, members = instruction.operands
-        if (sync, dtype) != ("sync", "b32") or mode not in ("up", "down", "bfly", "idx"):
-            raise NotImplementedError(instruction.text)
-        first, *second = str(to).split("|")
-        write, flag = self.write(first), self.write(second[0] if second else "_")
-        reads, check = [self.read(source, "b32"), self.read(by, "s32"), self.read(clamp, "s32")], self._members(members)
-
-        def shuffle(state: Any, lanes: Lanes) -> None:
-            check(state, lanes)
-            values, inside = warp.shuffle(
-                mode, *(state.whole(read(state, lanes), lanes).reshape(-1, 32) for read in reads)
-            )
-            write(state, values.ravel(), lanes)
-            flag(state, inside.ravel(), lanes)
-
-        return shuffle
-
-    def _vote(self, instruction: Instruction) -> Step:
-        _, sync, kind, dtype = instruction.name.split(".")
-        to, source, members = instruction.operands
-        if sync != "sync" or (kind, dtype) not in (("ballot", "b32"), ("any", "pred"), ("all", "pred")):
-            raise NotImplementedError(instruction.text)
-        write, read, check = self.write(to), self.read(source, "pred"), self._members(members)
-
-        def vote(state: Any, lanes: Lanes) -> None:
-            check(state, lanes)
-            values = state.whole(read(state, lanes), lanes).reshape(-1, 32)
-            write(state, warp.vote(kind, values).ravel(), lanes)
-
-        return vote
-
-    def _mma(self, instruction: Instruction) -> Step:
-        known = {
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": "bf16",
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": "f16",
-            "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32": "s8",
-        }
-        kind = known.get(instruction.name)
-        if kind is None:
-            raise NotImplementedError(instruction.text)
-        to, *sources = instruction.operands
-        assert isinstance(to, tuple)
-        writes = [self.write(part) for part in to]
-        reads = [[self.read(part, "b32") for part in source] for source in sources]  # type: ignore[union-attr]
-
-        def multiply(state: Any, lanes: Lanes) -> None:
-            state.warps(lanes)
-            a, b, c = ([state.whole(read(state, lanes), lanes).reshape(-1, 32) for read in matrix] for matrix in reads)
-            for write, register in zip(writes, warp.product(kind, a, b, c), strict=True):
-                write(state, register.ravel(), lanes)
-
-        return multiply
-
-    def _bar(self, instruction: Instruction) -> Step:
-        if instruction.name == "bar.warp.sync":
-            check = self._members(instruction.operands[0])
-
-            def meet(state: Any, lanes: Lanes) -> None:
-                check(state, lanes)
-                state.warp_barrier(lanes)
-
-            return meet
-        if instruction.name not in ("bar.sync", "barrier.sync") or instruction.operands != ("0",):
-            raise NotImplementedError(instruction.text)
-        return lambda state, lanes: state.barrier(lanes)
-
-    def _fence(self, instruction: Instruction) -> Step:
-        raise NotImplementedError(instruction.text)
 
 
 def guard(kernel: Kernel, instruction: Instruction) -> Callable[[Any, Lanes], Lanes]:

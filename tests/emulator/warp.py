@@ -38,9 +38,9 @@ def vote(kind: str, values: Array) -> Array:
     return np.repeat(result[:, None], 32, axis=1)
 
 
-def _elements(registers: list[Array], kind: str) -> Array:
-    """[warps, 32, elements]: what the registers hold, one after another."""
-    packed = np.stack(registers, axis=-1)
+def elements(words: list[Array], kind: str) -> Array:
+    """[..., elements]: what words of 32 bits hold, one after another."""
+    packed = np.stack(words, axis=-1)
     if kind == "s8":
         return packed.view(np.int8).astype(np.int64)
     halves = packed.view(np.uint16)
@@ -48,28 +48,40 @@ def _elements(registers: list[Array], kind: str) -> Array:
     return wide.astype(np.float64)
 
 
-def product(kind: str, a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
-    """mma.sync m16n8k16 of bf16 or f16, m16n8k32 of s8: a * b + c, summed in wider numbers and rounded once."""
-    group, place = (LANE >> 2)[:, None], (LANE & 3)[:, None]
+GROUP, PLACE = (LANE >> 2)[:, None], (LANE & 3)[:, None]
+
+
+def left(kind: str, registers: list[Array]) -> Array:
+    """The first matrix [warps, 16, depth] of a product: 32 of s8, 16 of bf16 or f16."""
     run = 4 if kind == "s8" else 2  # elements in a register
-    depth = 8 * run
-    in_a, in_b = np.arange(4 * run)[None, :], np.arange(2 * run)[None, :]
-    wide = np.int64 if kind == "s8" else np.float64
-    left, right = np.zeros((len(a[0]), 16, depth), wide), np.zeros((len(a[0]), depth, 8), wide)
-    register, element = in_a // run, in_a % run
-    left[:, group + 8 * (register & 1), place * run + element + 4 * run * (register >> 1)] = _elements(a, kind)
-    register, element = in_b // run, in_b % run
-    right[:, place * run + element + 4 * run * register, group] = _elements(b, kind)
-    total = left @ right
-    results = []
+    register, element = np.divmod(np.arange(4 * run)[None, :], run)
+    values = elements(registers, kind)
+    matrix = np.zeros((len(values), 16, 8 * run), values.dtype)
+    matrix[:, GROUP + 8 * (register & 1), PLACE * run + element + 4 * run * (register >> 1)] = values
+    return matrix
+
+
+def right(kind: str, registers: list[Array]) -> Array:
+    """The second matrix [warps, depth, 8]."""
+    run = 4 if kind == "s8" else 2
+    register, element = np.divmod(np.arange(2 * run)[None, :], run)
+    values = elements(registers, kind)
+    matrix = np.zeros((len(values), 8 * run, 8), values.dtype)
+    matrix[:, PLACE * run + element + 4 * run * register, GROUP] = values
+    return matrix
+
+
+def add_product(kind: str, a: Array, b: Array, c: list[Array], saturate: bool = False) -> list[Array]:
+    """Registers of a * b + c, summed in wider numbers and rounded once."""
+    total, results = a @ b, []
     for i, start in enumerate(c):
-        row, column = (LANE >> 2) + 8 * (i >> 1), (LANE & 3) * 2 + (i & 1)
+        part = total[:, (LANE >> 2) + 8 * (i >> 1), (LANE & 3) * 2 + (i & 1)]
         if kind == "s8":
-            whole = np.clip(total[:, row, column] + start.view(np.int32), -(2**31), 2**31 - 1)
+            whole = part + start.view(np.int32)
+            whole = np.clip(whole, -(2**31), 2**31 - 1) if saturate else whole
             results.append(whole.astype(np.int32).view(np.uint32))
         else:
-            whole = total[:, row, column] + start.view(np.float32)
-            results.append(canonical(whole.astype(np.float32)).view(np.uint32))
+            results.append(canonical((part + start.view(np.float32)).astype(np.float32)).view(np.uint32))
     return results
 
 
