@@ -241,18 +241,29 @@ def test_router_logits(dtypes: tuple[Any, Any], tokens: int, emulator: Emulator)
     oracle.same(got.numpy(), np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-def test_grouped_matmul(transposed: bool, emulator: Emulator) -> None:
-    """Rows of several experts, of none, and behind the last group; weights in either layout."""
-    rows, weight = normal(0, 41, 72, dtype=BF16), normal(1, 4, 72, 40, dtype=BF16, scale=0.1)
-    sizes = np.array([7, 0, 30, 1], np.int32)
+@pytest.mark.parametrize(
+    ("counts", "transposed"),
+    [((7, 0, 30, 1), False), ((7, 0, 30, 1), True), ((70, 0, 60, 1), False)],
+    ids=["", "transposed", "enough rows for four warps together"],
+)
+def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emulator) -> None:
+    """Rows of several experts, of none, and behind the last group; weights in either layout, and their gradient."""
+    num_rows, owner = sum(counts) + 3, np.repeat(np.arange(4), counts)
+    rows, weight = normal(0, num_rows, 72, dtype=BF16), normal(1, 4, 72, 40, dtype=BF16, scale=0.1)
     laid = emulator.put(np.asarray(weight).swapaxes(1, 2)).mT if transposed else emulator.put(weight)
-    out = emulator.empty(41, 40, dtype=torch.bfloat16)
-    experts.grouped_matmul(emulator.put(rows), laid, emulator.put(sizes), out)
-    want, owner = np.zeros((41, 40)), np.repeat(np.arange(4), sizes)
-    left, right = np.asarray(rows, np.float64)[: len(owner)], np.asarray(weight, np.float64)[owner]
-    want[: len(owner)] = np.einsum("rk,rkn->rn", left, right)
+    held, sizes = emulator.put(rows), emulator.put(np.array(counts, np.int32))
+    out = emulator.empty(num_rows, 40, dtype=torch.bfloat16)
+    experts.grouped_matmul(held, laid, sizes, out)
+    want, left = np.zeros((num_rows, 40)), np.asarray(rows, np.float64)[: len(owner)]
+    want[: len(owner)] = np.einsum("rk,rkn->rn", left, np.asarray(weight, np.float64)[owner])
     oracle.same(array(out), want, **rounding(BF16))
+
+    up = normal(2, num_rows, 40, dtype=BF16)
+    grad = emulator.empty(*((4, 40, 72) if transposed else (4, 72, 40)), dtype=torch.bfloat16)
+    experts.grouped_outer(held, emulator.put(up), sizes, grad.mT if transposed else grad)
+    right, products = np.asarray(up, np.float64)[: len(owner)], np.zeros((4, 72, 40))
+    np.add.at(products, owner, left[:, :, None] * right[:, None, :])
+    oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
 
 
 # The checks are worth something only if a wrong kernel fails them.
