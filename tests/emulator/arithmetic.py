@@ -303,7 +303,7 @@ def _convert(op: str, mods: list[str], seed: int) -> Operation | None:
         widen = numbers.from_bfloat16 if kind == "bf16" else lambda x: canonical(x.astype(np.float32))
         return Operation(widen, (kind,), "f32")
     if to == kind == "f32" and known <= {"ftz", "sat", *_ROUNDED}:
-        steps = [_ROUNDED[mod] for mod in mods if mod in _ROUNDED]
+        steps: list[Callable[[Any], Any]] = [np.copy, *(_ROUNDED[mod] for mod in mods if mod in _ROUNDED)]
         if "sat" in known:
             steps.append(lambda x: np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1))))
 
