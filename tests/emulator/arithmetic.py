@@ -52,9 +52,13 @@ def _basic(op: str, mods: list[str], seed: int) -> Operation | None:
     """Additions, subtractions, products, minima and maxima, negation, absolute values."""
     *mods, kind = mods
     count = 1 if op in ("neg", "abs") else 2
-    if kind in ("s16x2", "u16x2"):
-        half = _basic(op, [*mods, kind.removesuffix("x2")], seed)
-        return half and Operation(_by_halves(half.function, kind[:3]), ("b32",) * count, "b32")
+    if kind in ("s16x2", "u16x2", "f32x2"):
+        return _by_halves(_basic(op, [*mods, kind.removesuffix("x2")], seed))
+    if kind in ("f16", "bf16") and mods == ["rn", "f32"] and op in ("add", "sub"):  # the first is widened
+        widened = _convert("cvt", ["f32", kind], seed)
+        return widened and Operation(
+            lambda a, b: canonical(widened.function(a) + (b if op == "add" else -b)), (kind, "f32"), "f32"
+        )
     if _is_int(kind) and op != "mul" and not mods:
         functions: dict[str, Callable[..., Array]] = {
             "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
@@ -76,8 +80,18 @@ def _basic(op: str, mods: list[str], seed: int) -> Operation | None:
     return Operation(_flushed(floats[op], "ftz" in mods), (kind,) * count, kind)
 
 
-def _by_halves(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
-    return lambda *args: function(*(np.ascontiguousarray(a).view(DTYPES[kind]) for a in args)).view(np.uint32)
+def _by_halves(half: Operation | None) -> Operation | None:
+    """The same on two numbers in a register."""
+    if half is None:
+        return None
+    function, dtype = half.function, DTYPES[half.result]
+    whole = f"b{16 * dtype.itemsize}"
+
+    def both(*args: Array) -> Array:
+        result = function(*(np.ascontiguousarray(a)[:, None].view(dtype) for a in args))
+        return np.ascontiguousarray(result).view(DTYPES[whole])[:, 0]
+
+    return Operation(both, (whole,) * len(half.sources), whole)
 
 
 def _flushed(function: Callable[..., Array], ftz: bool) -> Callable[..., Array]:
@@ -107,6 +121,8 @@ def _mad(op: str, mods: list[str], seed: int) -> Operation | None:
 
 def _fma(op: str, mods: list[str], seed: int) -> Operation | None:
     rounding, *mods = mods
+    if mods[-1] == "f32x2":
+        return _by_halves(_fma(op, [rounding, *mods[:-1], "f32"], seed))
     if rounding not in ("rn", "rm") or mods not in (["f32"], ["ftz", "f32"]):
         return None
     function = lambda a, b, c: canonical(numbers.fma(a, b, c, rounding))

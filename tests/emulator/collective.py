@@ -67,8 +67,9 @@ class Collective(Operands):
         return check
 
     def _redux(self, instruction: Instruction) -> Step:
-        _, sync, kind, dtype = instruction.name.split(".")
-        if sync != "sync" or kind not in warp.REDUCTIONS or dtype not in ("s32", "u32", "b32"):
+        _, sync, kind, *mods, dtype = instruction.name.split(".")
+        known = warp.REDUCTIONS if dtype != "f32" else ("min", "max")
+        if sync != "sync" or kind not in known or mods not in ([], ["NaN"] * (dtype == "f32")):
             raise NotImplementedError(instruction.text)
         to, source, members = instruction.operands
         write, read, check = self.write(to), self.read(source, dtype), self._members(members)
@@ -76,7 +77,7 @@ class Collective(Operands):
         def reduce(state: Any, lanes: Lanes) -> None:
             check(state, lanes)
             values = state.by_warp(read, lanes)
-            write(state, warp.reduction(kind, values).ravel(), lanes)
+            write(state, warp.reduction(kind, bool(mods), values).ravel(), lanes)
 
         return reduce
 

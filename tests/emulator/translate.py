@@ -33,6 +33,10 @@ class Translator(Collective):
     def _plain(self, instruction: Instruction) -> Step:
         found = operation(instruction.name, self.seed)
         result, *sources = instruction.operands
+        if re.fullmatch(r"(min|max)\b.*\.f32", instruction.name) and len(sources) == 3:
+            pair = found.function
+            found = found._replace(function=lambda a, b, c: pair(pair(a, b), c), sources=found.sources * 2)
+            found = found._replace(sources=found.sources[:3])
         if len(sources) != len(found.sources):
             raise NotImplementedError(instruction.text)
         reads = [self.read(source, kind) for source, kind in zip(sources, found.sources, strict=True)]

@@ -5,17 +5,22 @@ Everything here works on arrays [warps, 32]. Where an element of a matrix lies i
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from tests.emulator.numbers import Array, canonical, from_bfloat16
+from tests.emulator.numbers import Array, canonical, extreme, from_bfloat16
 
 LANE = np.arange(32)
 REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
               "xor": np.bitwise_xor}  # fmt: skip
 
 
-def reduction(kind: str, values: Array) -> Array:
-    """redux.sync, for every thread."""
+def reduction(kind: str, propagate: bool, values: Array) -> Array:
+    """redux.sync, for every thread. `propagate`: of float32, whether any NaN is the result."""
+    if values.dtype == np.float32:
+        pair = lambda a, b: extreme(a, b, kind == "max", propagate)
+        return np.repeat(functools.reduce(pair, values.T)[:, None], 32, axis=1)
     result = REDUCTIONS[kind].reduce(values, axis=1, dtype=values.dtype)
     return np.repeat(result[:, None], 32, axis=1)
 
