@@ -123,6 +123,13 @@ def _fma(op: str, mods: list[str], seed: int) -> Operation | None:
     rounding, *mods = mods
     if mods[-1] == "f32x2":
         return _by_halves(_fma(op, [rounding, *mods[:-1], "f32"], seed))
+    if rounding == "rn" and mods in (["f32", "f16"], ["f32", "bf16"]):  # the product is of halves
+        widen = _convert("cvt", mods, seed)
+        return widen and Operation(
+            lambda a, b, c: canonical(numbers.fma(widen.function(a), widen.function(b), c)),
+            (mods[1], mods[1], "f32"),
+            "f32",
+        )
     if rounding not in ("rn", "rm") or mods not in (["f32"], ["ftz", "f32"]):
         return None
     function = lambda a, b, c: canonical(numbers.fma(a, b, c, rounding))
@@ -266,7 +273,8 @@ def _lop3(op: str, mods: list[str], seed: int) -> Operation | None:
 
 def _select(op: str, mods: list[str], seed: int) -> Operation | None:
     (kind,) = mods
-    return Operation(lambda a, b, p: np.where(p, a, b), (kind, kind, "pred"), kind)
+    choose: Callable[..., Array] = lambda a, b, p: np.where(p, a, b)
+    return Operation(choose, (kind, kind, "pred"), kind)
 
 
 def _compare(op: str, mods: list[str], seed: int) -> Operation | None:

@@ -114,7 +114,7 @@ def approximate(name: str, seed: int, *args: Array) -> Array:
     # rsqrt(-0.0) is -inf and so is its reciprocal: signs of zeros survive float64.
     wide = function(*(x.astype(np.float64) for x in args))
     if seed:
-        mixed = np.uint32(seed * 0x9E3779B1 & 0xFFFFFFFF)
+        mixed: Any = np.uint32(seed * 0x9E3779B1 & 0xFFFFFFFF)
         for x in args:
             mixed = (mixed ^ x.view(np.uint32)) * np.uint32(0x85EBCA6B)
             mixed = mixed ^ (mixed >> np.uint32(15))

@@ -155,6 +155,7 @@ ONE_THREAD: list[tuple[str, tuple[int, ...], int]] = [
     ),
     ("setp.lt.u32 %p1|%p2, %r1, 5; selp.b32 %r5, 1, 0, %p1; @%p2 add.s32 %r5, %r5, 2;", (9,), 2),
     ("mov.b32 {_, %rs1}, %r1; sub.rn.f32.bf16 %r5, %rs1, %r2;", (0x40400000, bits(1)), bits(2)),
+    ("mov.b32 {_, %rs1}, %r1; fma.rn.f32.bf16 %r5, %rs1, %rs1, %r2;", (0x40400000, bits(1)), bits(10)),
     ("max.f32 %r5, %r1, %r2, %r3;", (bits(-1), NAN, bits(-2)), bits(-1)),
     ("mov.b64 %rd5, {%r1, %r2}; add.f32x2 %rd5, %rd5, %rd5; mov.b64 {_, %r5}, %rd5;", (0, bits(1)), bits(2)),
     ("add.s16x2 %r5, %r1, -1;", (0x00010001,), 0),

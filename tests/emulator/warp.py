@@ -30,7 +30,7 @@ def shuffle(mode: str, values: Array, by: Array, clamp: Array) -> tuple[Array, A
     segment, bound, by = (clamp >> 8) & 31, clamp & 31, by & 31
     first, last = LANE & segment, (LANE & segment) | (bound & ~segment)
     source = {"up": LANE - by, "down": LANE + by, "bfly": LANE ^ by, "idx": first | (by & ~segment)}[mode]
-    inside = source >= last if mode == "up" else source <= last
+    inside: Array = np.less_equal(last, source) if mode == "up" else np.less_equal(source, last)
     return np.take_along_axis(values, np.where(inside, source, LANE), axis=1), inside
 
 
