@@ -1,0 +1,338 @@
+"""The native path's kernels, compiled by triton and run on this machine: `tests/emulator` executes their PTX.
+
+What it shows that the interpreter cannot: that triton's layouts, exchanges and reshapes do what the kernel says; that
+no access leaves its tensor or is unaligned; that programs and warps do not depend on one another's pace. By default
+some cases run; with JAXMOE_EMULATE=all every one does, and for more targets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import jaxmoe
+from bridge.native import dispatch, experts, routing
+from jaxmoe import DispatchPlan, Routing, RoutingConfig, presets
+from kernels_pallas import plan_dispatch as plan_kernels
+from tests import oracle
+from tests.cases import BF16, F16, F32, Case, coarse, normal, spoiled
+from tests.cases import CASES as ROUTES
+from tests.check_dispatch import check_combine, check_dispatch, rounding
+from tests.check_plan import PLAN_CASES, PlanCase, check_plan, drawn
+from tests.check_route import check_route
+from tests.emulator.memory import Fault
+from tests.emulator.native import Emulator, array, forget
+from tests.jaxmoe.test_route import routings
+
+pytest.importorskip("triton")
+ALL = os.environ.get("JAXMOE_EMULATE") == "all"
+INT32, FLOAT32 = torch.int32, torch.float32
+TARGETS = ["sm_90", "sm_80"] if ALL else ["sm_90"]
+
+
+@pytest.fixture(params=TARGETS)
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """Kernels on CPU tensors run in it."""
+    made = Emulator()
+    made.install(request.param, monkeypatch)
+    yield made
+    forget()
+
+
+def some(cases: list[Any], chosen: set[str]) -> list[Any]:
+    """All cases, or those whose reason begins as one of the chosen does."""
+    found = [case for case in cases if ALL or any(case.why.startswith(start) for start in chosen)]
+    return [pytest.param(case, id=case.why) for case in found]
+
+
+def route(emulator: Emulator, case: Case, *, tokens: int | None = None, offset: int = 0, extra: int = 0) -> Routing:
+    """Routes on the native path and checks the result."""
+    x, bias = case.inputs(tokens)
+    count, config = x.shape[0], case.config
+    weights = emulator.empty(count, config.num_slots, dtype=FLOAT32, offset=offset)
+    ids = emulator.empty(count, config.num_slots, dtype=INT32, offset=offset)
+    load = emulator.empty(config.num_expert_ids, dtype=INT32, offset=offset)
+    logits = emulator.put(x, offset, extra)
+    routing.route(
+        logits, None if bias is None else emulator.put(bias, offset), None, None, config.json, weights, ids, load
+    )
+    found = Routing(weights.numpy(), ids.numpy(), load.numpy())
+    check_route(found, x, bias, config)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        ROUTES,
+        {
+            "DeepSeek-V3",  # groups, eight columns a lane
+            "Kimi-K2",  # twelve columns, no power of two
+            "odd number of odd groups",  # runs of lanes without a group
+            "E = 512, k = 10",  # picks carry their place in spare bits
+            "E = 896",  # 28 columns, depth, shared experts
+            "1024 groups of one",  # more groups than lanes: the exact search alone
+            "many ties, softmax",
+            "softmax with a bias",
+            "sqrtsoftplus: DeepSeek-V4",
+            "NaN and infinite logits: vLLM",
+            "NaN and infinite logits, not",
+            "NaN and infinities in the bias",
+            "logits float16, bias bfloat16",
+            "no tokens",
+        },
+    ),
+)
+def test_route(case: Case, emulator: Emulator) -> None:
+    route(emulator, case)
+
+
+@settings(
+    max_examples=60 if ALL else 4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(routings())
+def test_any_config(emulator: Emulator, problem: tuple[RoutingConfig, int, int, bool, str]) -> None:
+    config, seed, tokens, with_bias, kind = problem
+    logits: Callable[[int, int], jax.Array] = {
+        "normal": lambda t, e: normal(seed, t, e, scale=3.0),
+        "coarse": lambda t, e: jax.numpy.round(normal(seed, t, e) * 2) / 2,
+        "spoiled": lambda t, e: spoiled(seed, t, e),
+    }[kind]
+    route(emulator, Case("", config, bias=F32 if with_bias else None, tokens=tokens, logits=logits))
+
+
+V3 = presets["deepseek-v3"]
+# Every other token has ties, which the quick search leaves to the exact one.
+BOTH = [
+    Case("DeepSeek-V3", V3, dtype=BF16, bias_values=lambda e: jax.numpy.zeros(e),
+         logits=lambda t, e: normal(1, t, e).at[1::2].set(coarse(t, e)[1::2])),
+    Case("softmax, float32", RoutingConfig(num_experts=64, top_k=6, scoring_func="softmax"), bias=None,
+         logits=lambda t, e: normal(1, t, e).at[1::2].set(spoiled(9, t, e)[::2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BOTH, ids=lambda case: case.why)
+def test_both_searches_run(case: Case, emulator: Emulator) -> None:
+    """The quick one for these tokens, the exact one after it for those: told apart by how much is executed."""
+    route(emulator, case, tokens=18)
+    executed = emulator.records[0].by_program
+    assert (executed[0::2] == executed.min()).sum() >= 8
+    assert (executed[1::2] > 1.2 * executed.min()).sum() >= 8
+
+
+@pytest.mark.parametrize("how", [{"offset": 1}, {"extra": 3}], ids=["shifted", "strided rows"])
+def test_route_anywhere_in_memory(how: dict[str, int], emulator: Emulator) -> None:
+    """Kernels that count on no alignment: an access that is wider than its address allows would raise."""
+    route(emulator, Case("", V3, dtype=BF16), **how)
+
+
+def far_apart(emulator: Emulator, rows: np.ndarray) -> torch.Tensor:
+    """Rows of bfloat16 more than 2 GiB from one another; what lies between is never touched, so it takes no memory."""
+    count, width = rows.shape
+    wide = torch.empty((count - 1) * (2**30 + 64) + width, dtype=torch.bfloat16).as_strided(
+        (count, width), (2**30 + 64, 1)
+    )
+    for row, values in zip(wide, rows, strict=True):
+        emulator.add(row, writable=False).copy_(torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16))
+    return wide
+
+
+def test_offsets_of_64_bits(emulator: Emulator) -> None:
+    case = ROUTES[0]
+    x, bias = case.inputs(4)
+    weights, ids = (emulator.empty(4, case.config.num_slots, dtype=dtype) for dtype in (FLOAT32, INT32))
+    logits = far_apart(emulator, np.asarray(x))
+    routing.route(logits, emulator.put(bias), None, None, case.config.json, weights, ids, None)
+    check_route(Routing(weights.numpy(), ids.numpy(), None), x, bias, case.config)
+
+    found = plan(emulator, PlanCase("", 4, tokens=4, slots=1))
+    rows, factors, out = normal(0, 4, 72, dtype=BF16), normal(1, 4, 1), emulator.empty(4, 72, dtype=torch.bfloat16)
+    dispatch.combine(far_apart(emulator, np.asarray(rows)), emulator.put(found.rows), emulator.put(factors), out)
+    check_combine(array(out), rows, found, factors)
+
+
+def test_number_of_valid_tokens(emulator: Emulator) -> None:
+    case = ROUTES[0]
+    x, bias = case.inputs()
+    logits, biases = emulator.put(x), emulator.put(bias)
+    for valid, number in ((emulator.put(np.int32(4).reshape(1)), None), (None, 2)):
+        weights, ids = (emulator.empty(6, case.config.num_slots, dtype=dtype) for dtype in (FLOAT32, INT32))
+        routing.route(logits, biases, valid, number, case.config.json, weights, ids, None)
+        check_route(Routing(weights.numpy(), ids.numpy(), None), x, bias, case.config, number or 4)
+
+
+def plan(emulator: Emulator, case: PlanCase, tokens: int | None = None, offset: int = 0) -> DispatchPlan:
+    ids, expert_map = case.inputs(tokens)
+    rows = emulator.empty(*ids.shape, dtype=INT32, offset=offset)
+    slots = emulator.empty(plan_kernels.num_rows(ids.size, case.num_experts, case.align), dtype=INT32, offset=offset)
+    sizes = emulator.empty(case.num_experts, dtype=INT32, offset=offset)
+    here = None if expert_map is None else emulator.put(expert_map, offset)
+    dispatch.plan_dispatch(emulator.put(ids, offset), case.num_experts, case.align, here, rows, slots, sizes)
+    found = DispatchPlan(rows.numpy(), slots.numpy(), sizes.numpy())
+    check_plan(found, ids, case.num_experts, case.align, expert_map)
+    return found
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways for every case, however few its pairs are."""
+    config = plan_kernels.Config(block=128, chunks=4, num_warps=4) if request.param == "two launches" else None
+    if config:
+        monkeypatch.setattr(plan_kernels, "config_for", lambda *args: config)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        PLAN_CASES,
+        {
+            "no tokens, aligned",
+            "one pair",
+            "odd E",
+            "more experts than pairs",
+            "ids past the end",
+            "all dropped, aligned",
+            "aligned to 3",
+            "aligned to 64",
+            "expert map with -1",
+        },
+    ),
+)
+def test_plan(case: PlanCase, way: str, emulator: Emulator) -> None:
+    plan(emulator, case)
+    plan(emulator, case, tokens=case.tokens + 70)
+    assert len(emulator.records) == (2 if way == "one launch" else 4) * (case.tokens > 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "case"),
+    [
+        (600, PlanCase("the two launches that many pairs take", 257, slots=9, ids=drawn(-1, 258))),
+        (300, PlanCase("and with padding", 128, slots=8, align=128, ids=drawn(-1, 129))),
+        (7, PlanCase("few pairs of 300 experts with padding", 300, slots=8, align=64)),
+        (7, PlanCase("of so many that four warps count together on sm_90", 898, slots=8, align=16)),
+    ],
+    ids=lambda value: getattr(value, "why", ""),
+)
+def test_plan_as_configured(tokens: int, case: PlanCase, emulator: Emulator) -> None:
+    plan(emulator, case, tokens)
+    plan(emulator, case, tokens, offset=1)
+
+
+DTYPES = {"bfloat16": (BF16, 8, 0), "float32, shifted": (F32, 24, 1), "float16, odd width": (F16, 37, 0)}
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_dispatch_and_back(kind: str, emulator: Emulator) -> None:
+    """Rows out and back, with dropped pairs and rows that hold nothing; then both gradients' kernels."""
+    dtype, width, offset = DTYPES[kind]
+    case = PlanCase("", 5, align=4, tokens=11, ids=drawn(-1, 5))
+    found = plan(emulator, case)
+    places, slots = emulator.put(found.rows, offset), emulator.put(found.slots, offset)
+    x, rows, dy = (normal(seed, n, width, dtype=dtype) for seed, n in enumerate((11, len(found.slots), 11)))
+    held = emulator.put(x, offset, extra=0 if offset else 5)
+    out = emulator.empty(*rows.shape, dtype=held.dtype, offset=offset)
+    dispatch.dispatch(held, places, slots, None, out)
+    check_dispatch(array(out), x, found)
+
+    weights = normal(7, *found.rows.shape)
+    sums = emulator.empty(11, width, dtype=held.dtype, offset=offset)
+    dispatch.combine(emulator.put(rows, offset), places, emulator.put(weights, offset), sums)
+    check_combine(array(sums), rows, found, weights)
+
+    scaled = emulator.empty(*rows.shape, dtype=held.dtype, offset=offset)
+    dispatch.dispatch(emulator.put(dy, offset), places, slots, emulator.put(weights, offset), scaled)
+    holds = np.flatnonzero(found.slots >= 0)
+    flat = found.slots[holds]
+    want = np.zeros(rows.shape)
+    want[holds] = np.asarray(dy, np.float64)[flat // 2] * np.asarray(weights, np.float64).reshape(-1)[flat][:, None]
+    oracle.same(array(scaled), want, **rounding(dtype))
+
+    products = emulator.empty(*found.rows.shape, dtype=FLOAT32, offset=offset)
+    dispatch.combine_weight_grad(emulator.put(rows, offset), emulator.put(dy, offset), places, products)
+    pairs = np.einsum("tsh,th->ts", np.asarray(rows, np.float64)[found.rows], np.asarray(dy, np.float64))
+    oracle.same(array(products), np.where(found.rows >= 0, pairs, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_gradient_of_routing(scoring_func: str, emulator: Emulator) -> None:
+    config = RoutingConfig(num_experts=40, top_k=5, scoring_func=scoring_func, n_shared_experts=1)
+    case = Case("", config, bias=None)
+    found, (x, _) = route(emulator, case), case.inputs()
+    grad = normal(5, *found.weights.shape)
+    _, pull = jax.vjp(lambda x: jaxmoe.route(x, config=config, implementation="xla").weights, x)
+    got = routing.route_backward(emulator.put(grad), emulator.put(x), emulator.put(found.experts), config.json)
+    oracle.same(got.numpy(), np.asarray(pull(grad)[0], np.float64), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tokens"), [((BF16, BF16), 5), ((BF16, F32), 5), ((F16, F16), 70)], ids=["bf16", "mixed", "many"]
+)
+def test_router_logits(dtypes: tuple[Any, Any], tokens: int, emulator: Emulator) -> None:
+    x, weight = normal(0, tokens, 72, dtype=dtypes[0]), normal(1, 40, 72, dtype=dtypes[1])
+    got = routing.router_logits(emulator.put(x), emulator.put(weight))
+    oracle.same(got.numpy(), np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "transposed"),
+    [((7, 0, 30, 1), False), ((7, 0, 30, 1), True), ((70, 0, 60, 1), False)],
+    ids=["", "transposed", "enough rows for four warps together"],
+)
+def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emulator) -> None:
+    """Rows of several experts, of none, and behind the last group; weights in either layout, and their gradient."""
+    num_rows, owner = sum(counts) + 3, np.repeat(np.arange(4), counts)
+    rows, weight = normal(0, num_rows, 72, dtype=BF16), normal(1, 4, 72, 40, dtype=BF16, scale=0.1)
+    laid = emulator.put(np.asarray(weight).swapaxes(1, 2)).mT if transposed else emulator.put(weight)
+    held, sizes = emulator.put(rows), emulator.put(np.array(counts, np.int32))
+    out = emulator.empty(num_rows, 40, dtype=torch.bfloat16)
+    experts.grouped_matmul(held, laid, sizes, out)
+    want, left = np.zeros((num_rows, 40)), np.asarray(rows, np.float64)[: len(owner)]
+    want[: len(owner)] = np.einsum("rk,rkn->rn", left, np.asarray(weight, np.float64)[owner])
+    oracle.same(array(out), want, **rounding(BF16))
+
+    up = normal(2, num_rows, 40, dtype=BF16)
+    grad = emulator.empty(*((4, 40, 72) if transposed else (4, 72, 40)), dtype=torch.bfloat16)
+    experts.grouped_outer(held, emulator.put(up), sizes, grad.mT if transposed else grad)
+    right, products = np.asarray(up, np.float64)[: len(owner)], np.zeros((4, 72, 40))
+    np.add.at(products, owner, left[:, :, None] * right[:, None, :])
+    oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
+
+
+# The checks are worth something only if a wrong kernel fails them.
+@pytest.mark.parametrize("damage", ["maximum", "order", "row", "mask"])
+def test_a_wrong_kernel_is_noticed(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One instruction changed in what triton made."""
+    import re
+
+    edits: dict[str, Callable[[str], str]] = {
+        "maximum": lambda text: text.replace("redux.sync.max", "redux.sync.min", 1),
+        "order": lambda text: re.sub(r"\bmax\.s32(.*)", r"min.s32\1", text, count=1),
+        "row": lambda text: re.sub(r"(\bmov\.u32\s+%r\d+, %)ctaid(\.x)", r"\1tid\2", text, count=1),
+        "mask": lambda text: re.sub(r"@%p\d+ (st\.global)", r"\1", text, count=1),
+    }
+    made = Emulator()
+    made.install("sm_90", monkeypatch)
+    edited: list[bool] = []
+
+    def edit(text: str) -> str:
+        changed = edits[damage](text)
+        edited.append(changed != text)
+        return changed
+
+    made.edit = edit
+    with pytest.raises((AssertionError, Fault)):
+        route(made, ROUTES[0])
+    assert edited[0], "the instruction was there"
+    forget()

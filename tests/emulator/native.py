@@ -1,0 +1,111 @@
+"""The emulator in the place of a GPU, below `bridge.native`: kernels are compiled as ever, and their PTX runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from bridge.native import build, dispatch, experts, routing
+from kernels_pallas import targets
+from kernels_pallas.targets import Binary
+from tests.emulator import machine
+from tests.emulator.memory import POISON, Global
+
+SEED = 1
+_built: dict[str, list[Binary]] = {}  # by key, as on disk: most of a test's time is compiling
+_ptx: dict[bytes, str] = {}  # by machine code
+
+
+class Emulator:
+    """What the launches of a test share: memory, and a record of each launch."""
+
+    def __init__(self) -> None:
+        self.memory = Global()
+        self.records: list[machine.Record] = []
+        self.edit: Callable[[str], str] = lambda text: text  # of the PTX, before it runs
+        self._kept: list[torch.Tensor] = []  # so that no address is used again
+
+    def add(self, tensor: torch.Tensor, writable: bool = True) -> torch.Tensor:
+        """Registers what the tensor spans, which a kernel may read or also write."""
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = sum((side - 1) * stride for side, stride in steps) + 1 if tensor.numel() else 0
+        self.memory.add(tensor.data_ptr(), span * tensor.itemsize, tensor.itemsize, writable)
+        self._kept.append(tensor)
+        return tensor
+
+    def empty(self, *shape: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        """A tensor full of poison; `offset` elements stand before it."""
+        flat = torch.empty(torch.Size(shape).numel() + offset, dtype=dtype)
+        flat.view(torch.uint8).fill_(POISON)
+        return self.add(flat[offset:].view(shape))
+
+    def put(self, array: Any, offset: int = 0, extra: int = 0) -> torch.Tensor:
+        """An array as a tensor only to be read; `extra` columns of NaN lie between its rows."""
+        values = np.asarray(array)
+        dtype = getattr(torch, values.dtype.name)
+        bits = values.view(f"i{values.itemsize}") if values.dtype.kind == "V" else values
+        if extra:
+            wide = torch.full((values.shape[0], values.shape[1] + extra), torch.nan, dtype=dtype)
+            tensor = wide[:, : values.shape[1]]
+        else:
+            tensor = torch.empty(values.size + offset, dtype=dtype)[offset:].view(values.shape)
+        tensor.copy_(torch.from_numpy(bits.copy()).view(dtype))
+        return self.add(tensor, writable=False)
+
+    def install(self, target: str, patch: pytest.MonkeyPatch) -> None:
+        """From here on kernels on CPU tensors run in this emulator, compiled for `target`."""
+        known, binary = targets.TARGETS[target], targets.binary
+        emulator = self
+
+        def keep(kernel: targets.Lowered, compiled: Any) -> Binary:
+            made = binary(kernel, compiled)
+            _ptx[made.code] = compiled.asm["ptx"]
+            return made
+
+        class Kernel:
+            """Stands in for `driver.Kernel`."""
+
+            def __init__(self, binary: Binary, device: int) -> None:
+                text = emulator.edit(_ptx[binary.code])
+                self.code = machine.Code(text, binary.shared_bytes, SEED)
+                assert self.code.kernel.threads == binary.threads
+                self.own = binary.own
+
+            def __call__(self, x: int, y: int, *arguments: int) -> None:
+                assert len(arguments) == len(self.own)
+                emulator.records.append(machine.launch(self.code, emulator.memory, (x, y), list(arguments)))
+
+        new_empty = torch.Tensor.new_empty
+
+        def poisoned(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            made = new_empty(tensor, *args, **kwargs)
+            made.view(-1).view(torch.uint8).fill_(POISON)
+            return self.add(made)
+
+        patch.setattr(targets, "binary", keep)
+        patch.setattr(build, "target_of", lambda device: known)
+        patch.setattr(build, "Kernel", Kernel)
+        patch.setattr(build.cache, "load", _built.get)
+        patch.setattr(build.cache, "store", _built.__setitem__)
+        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        forget()
+
+
+def array(tensor: torch.Tensor) -> Any:
+    """A tensor as an array, bfloat16 too."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(jax.numpy.bfloat16)
+    return tensor.numpy()
+
+
+def forget() -> None:
+    """Drops the kernels that this process knows."""
+    for module in (routing, dispatch, experts):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
