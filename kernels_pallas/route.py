@@ -3,8 +3,8 @@
 One warp handles a token: nothing depends on how many there are. Its experts lie on the lanes (`Layout`), and what is
 done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
 enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
-(`select.quick_top_k`); such a token (one in a hundred of DeepSeek-V3's, one in ten of Kimi-K3's, with random logits and
-a small bias), and one with a NaN or an infinity, is done again by `_exact_choice`. Either way the order is that of
+(`select.quick_top_k`); such a token (REPLACE with random logits and a
+small bias), and one with a NaN or an infinity, is done again by `_exact_choice`. Either way the order is that of
 scores to the last bits. The weights are computed from the chosen logits, loaded again by id: k of them instead of E.
 """
 
@@ -35,13 +35,20 @@ from kernels_pallas.score import (
     score,
     unscaled_weights,
 )
-from kernels_pallas.select import UNKNOWN, Groups, keep_groups, quick_top_k, top_k
+from kernels_pallas.select import RANGE, UNKNOWN, Groups, keep_groups, quick_top_k, top_k
 
 # Steps of float32 (2**-24 of a number) by which two quick scores may be further apart than the scores: twice 87 for the
 # rounding of the exponent that still gives a normal number, and what exponential, reciprocal and sums add.
 MARGIN = 256
-# A third (since `summed` counts thrice) of the steps of 2**-24 of the largest score by which a quick score may be off.
-SCORE_ERROR = 6.0
+# The same for scores with a bias, which need less: what is off by much of itself is small, and the sum is not. Between
+# two sums it holds, in steps of the smaller one, s: six roundings of the largest, two of expert 0's bias and twice what
+# scores are off; that is, SUM_MARGIN * s >= 6 * largest + 2 * |bias 0| + 2 * error * the largest score, or, by 8,
+# RANGE * s >= largest + |bias 0| / 4 + SCORE_ERROR * the largest score. A group's sum of two has four times the margin.
+SUM_MARGIN = 96
+assert 8 * RANGE == SUM_MARGIN
+LEAST = 0x2B800000  # the bits of 2**-40: quick scores below 2**-63 are 0, which no share of a pick must be near
+MOST = 0x71800000  # the bits of 2**100: no sum of two is infinite where the same is not
+SCORE_ERROR = {"sigmoid": 2.5, "sqrtsoftplus": 3.0, "softmax": 6.0}
 
 Load = Callable[[jax.Array, "jax.Array | None"], jax.Array]  # (expert ids, mask) -> float32
 
@@ -173,9 +180,9 @@ class Layout:
         return [jnp.where(c < count, column, other) for c, column in enumerate(columns)]
 
     def depth(self, rule: Rule, picks: int) -> int:
-        """How many of a lane's experts to sort, so that one token in a hundred, at random, has more picks in a lane."""
+        """How many of a lane's experts to sort: so many that at random one token in 150 has more picks in a lane."""
         lanes, depth = self.lanes * rule.topk_group // rule.n_group if rule.grouped else self.lanes, 1
-        while depth < self.columns and 100 * lanes * math.comb(picks - 1, depth) > lanes**depth:
+        while depth < self.columns and 150 * math.comb(picks, depth + 1) > lanes**depth:
             depth += 1
         return depth
 
@@ -254,8 +261,8 @@ def _choice(
         if load_bias is None:
             keys = [float_bits(s) for s in scores]
         else:
-            # A common term decides nothing, so biases count from expert 0's: what is ahead of expert 0 is not negative
-            # then, as `least` asks, and a large bias takes no bits from the scores.
+            # A common term decides nothing, so biases count from expert 0: what is ahead of expert 0 is positive then,
+            # as `least` asks, and a large bias takes no bits from the scores.
             biases, first = layout.load(load_bias, itemsizes[1]), load_bias(jnp.int32(0), None)
             keys = [float_bits(s + (b - first)) for s, b in zip(scores, biases, strict=True)]
             largest: Any = 1.0  # score that there can be
@@ -263,15 +270,16 @@ def _choice(
                 largest = quick_reciprocal(row_sum)[0]
             elif rule.scoring_func != "sigmoid":
                 largest = decode(jnp.max(float_bits(functools.reduce(jnp.maximum, scores))))
-            summed = jnp.abs(first) + SCORE_ERROR * largest
+            summed = 0.25 * jnp.abs(first) + SCORE_ERROR[rule.scoring_func] * largest
     place, sure = quick_top_k(
         layout.mask(keys, EXCLUDED),
         rule.top_k,
         slots,
         groups=Groups(layout.runs, rule.n_group, rule.topk_group, rule.top2) if rule.grouped else None,
         depth=layout.depth(rule, picks),
-        margin=None if spare else 0 if by_logit else MARGIN,
-        least=-INFINITY if by_logit else 0,
+        margin=None if spare else 0 if by_logit else MARGIN if load_bias is None else SUM_MARGIN,
+        least=-INFINITY if by_logit else LEAST,
+        most=INFINITY if summed is None else MOST,
         summed=summed,
     )
     ids, row_sum = jax.lax.cond(sure, lambda: (layout.expert(place), row_sum), exact)

@@ -21,9 +21,8 @@ from kernels_pallas.score import EXCLUDED, INFINITY, decode, encode, float_bits,
 
 MANY_GROUPS = 32
 UNKNOWN = 2**31 - 1  # a key above every number: the quick search cannot answer
-# A pick may be this many times smaller than what was rounded on the way to it. Six roundings of half a step in each of
-# two picks must fit into the 256 steps of `route.MARGIN`, of the pick or of the sum of two that a group has: 256 / 6.
-RANGE = 32.0
+# A pick may be this many times smaller than what was rounded on the way to it: see `route.SUM_MARGIN`.
+RANGE = 12.0
 
 
 def keep_groups(key: jax.Array, n_group: int, topk_group: int, top2: bool) -> jax.Array:
@@ -93,52 +92,63 @@ def quick_top_k(
     depth: int,
     margin: int | None,
     least: int,
+    most: int = INFINITY,
     summed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Places [num_slots] of the k largest keys in falling order, and whether they are sure to be right.
 
     keys: a tensor [lanes] for each column; the place of a key is lane * next_power_of_2(columns) + column.
 
-    A key gives up its low bits to its place, so that all keys are distinct and carry their place. Minima and maxima
-    alone then sort each lane's keys; a pick is one maximum over the lanes' first, and the lane that had it moves up.
+    A key gives up its low bits to its column, so that a lane's keys are distinct and carry it. Minima and maxima alone
+    then sort each lane's keys; a pick is one maximum over the lanes' first, and the lane that had it moves up. Which
+    that was, a sum over the lanes tells, and whether there were two. Where groups compare their best, their lanes are
+    told apart by bits too; where bits are free (`margin` None: the low ones are known to decide nothing), all lanes.
 
     The result is not sure where two keys that had to be told apart differ by no more than `margin` and what was given
-    up (None: the low bits are known to decide nothing), where more than `depth` picks fall on one lane, since only so
-    many of each are sorted, and where a pick is below `least`, infinite or NaN.
+    up, where more than `depth` picks fall on one lane, since only so many of each are sorted, and where a pick, or the
+    score of a group that stays, is below `least`, or `most` or above, as infinities and NaN are.
 
     `summed`: keys are the bits of sums that, as the caller defines them, are rounded at up to this much more than the
     largest pick. `margin` steps of a pick hold that rounding unless the pick is far smaller: then it is not sure.
     """
     lanes, width = keys[0].shape[0], next_power_of_2(len(keys))
-    mask = lanes * width - 1
-    last = mask - iota((lanes,), 0) * width
-    cleared = keys if margin is None else [key & ~mask for key in keys]
+    lane, by_bits = iota((lanes,), 0), margin is None
+    apart = lanes if by_bits else lanes // groups.runs if groups is not None else 1  # neighbours that bits tell apart
+    mask = apart * width - 1
+    last = mask - (lane & (apart - 1)) * width
+    cleared = keys if by_bits else [key & ~mask for key in keys]
     columns = _best_of_lane([key | (last - c) for c, key in enumerate(cleared)], depth)
 
-    gap = 0 if margin is None else mask + margin
-    highest, signs = [], []  # sure: the highest are numbers, and nothing in signs is negative
+    gap = 0 if margin is None else mask + margin  # up to which keys may be as they are for want of bits alone
+    highest, lowest, signs = [], [], []  # sure: they are within limits, and nothing in signs is negative
     if groups is not None:
         score = _group_scores(columns, groups)
-        tops = _picks([score], groups.topk_group + 1, end=EXCLUDED)
+        tops, _ = _picks([score], groups.topk_group + 1, end=EXCLUDED)
         kept, dropped = tops[-2:]
         columns[0] = jnp.where(score >= kept, columns[0], EXCLUDED)
-        highest, signs = [tops[0]], [jnp.minimum(kept, 0) - least]
-        if gap:
-            signs.append(kept - dropped - (3 if groups.top2 else 1) * gap)  # twice the error, and the group's number
+        highest, lowest = [tops[0]], [kept]
+        if not by_bits:  # a sum is off by twice as much as its terms, twice over for rounding; and it holds a number
+            signs.append(kept - dropped - (4 if groups.top2 else 1) * gap - groups.runs)
 
     # Behind a lane's last: nothing if it had no more, else what is found out.
     end = EXCLUDED if depth >= len(keys) else None if gap else UNKNOWN
-    tops = _picks(columns, k + (gap > 0), end)
-    highest += [tops[0], tops[-1]]
-    signs.append(jnp.minimum(tops[-1], 0) - least)
+    tops, owners = _picks(columns, k + (gap > 0), end)
+    low = functools.reduce(jnp.minimum, [*lowest, tops[-1]])
+    sure = (functools.reduce(jnp.maximum, [*highest, tops[0], tops[-1]]) < most) & (low >= least)
     if gap:
-        signs.append(functools.reduce(jnp.minimum, [a - b for a, b in itertools.pairwise(tops)]) - (gap + 1))
-    sure = (functools.reduce(jnp.maximum, highest) < INFINITY) & (functools.reduce(operator.or_, signs) >= 0)
+        # Signs, not the least difference: that of a positive and a negative key may be 2**31 and more, and wraps.
+        signs += [a - b - (gap + 1) for a, b in itertools.pairwise(tops)]
+    if signs:
+        sure = sure & (functools.reduce(operator.or_, signs) >= 0)
     if summed is not None:
-        lowest = tops[-1] if groups is None else jnp.minimum(kept, tops[-1])
-        sure = sure & (RANGE * _float(lowest) >= _float(tops[0]) + summed)
-    found = _by_slot(tops[:k], iota((num_slots,), 0))
-    return mask - (found & mask), sure
+        sure = sure & (RANGE * _float(low) >= _float(tops[0]) + summed)
+    slot = iota((num_slots,), 0)
+    found = mask - (_by_slot(tops[:k], slot) & mask)
+    if not by_bits:
+        owners = owners[:k]
+        sure = sure & (functools.reduce(jnp.maximum, owners) < 2 * lanes)
+        found = (_by_slot(owners, slot) & (lanes - 1)) * width + (found & (width - 1))
+    return found, sure
 
 
 def _float(bits: jax.Array) -> jax.Array:
@@ -146,30 +156,36 @@ def _float(bits: jax.Array) -> jax.Array:
 
 
 def _group_scores(columns: Sequence[jax.Array], groups: Groups) -> jax.Array:
-    """The score of each lane's group [lanes]: distinct keys, since they carry a place or the group's number."""
+    """The score of each lane's group [lanes]: distinct keys, since they carry the group's number."""
     lanes, runs = columns[0].shape[0], groups.runs
     first = columns[0].reshape(runs, lanes // runs)
     score = jnp.max(first, axis=1, keepdims=True)
     if groups.top2:
         below = columns[1].reshape(first.shape) if len(columns) > 1 else jnp.full_like(first, EXCLUDED)
         second = jnp.max(jnp.where(first == score, below, first), axis=1, keepdims=True)
-        number = _float(score) + _float(second)
-        group = iota((runs, 1), 0)
-        score = jnp.where(second < 0, UNKNOWN, (float_bits(number) & -runs) | (runs - 1 - group))
-        if groups.n_group < runs:
-            score = jnp.where(group < groups.n_group, score, EXCLUDED)
+        score = jnp.where(second < 0, UNKNOWN, float_bits(_float(score) + _float(second)))
+    group = iota((runs, 1), 0)
+    score = (score & -runs) | (runs - 1 - group)
+    if groups.n_group < runs:
+        score = jnp.where(group < groups.n_group, score, EXCLUDED)
     return jnp.broadcast_to(score, first.shape).reshape(lanes)
 
 
-def _picks(columns: Sequence[jax.Array], count: int, end: int | None) -> list[jax.Array]:
-    """The `count` largest of all lanes' keys, each lane's sorted; behind its last comes `end`, or that key again."""
+def _picks(columns: Sequence[jax.Array], count: int, end: int | None) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The `count` largest of all lanes' keys, each lane's sorted; behind its last comes `end`, or that key again.
+
+    With each comes the number of the lane that had it and the number of lanes, summed over all that had it.
+    """
     tops: list[jax.Array] = []
+    owners: list[jax.Array] = []
+    lanes = columns[0].shape[0]
     for left in reversed(range(count)):
         tops.append(jnp.max(columns[0]))
         at = columns[0] == tops[-1]
+        owners.append(jnp.sum(jnp.where(at, lanes + iota((lanes,), 0), 0), dtype=jnp.int32))
         under = [*columns[1:], columns[-1] if end is None else jnp.full_like(columns[0], end)]
         columns = [jnp.where(at, u, c) for u, c in zip(under[:left], columns, strict=False)]
-    return tops
+    return tops, owners
 
 
 def _by_slot(values: Sequence[jax.Array], slot: jax.Array) -> jax.Array:
