@@ -13,6 +13,7 @@ from bridge.checks import check
 from bridge.ops import layer as ops
 from bridge.routing import Routing, check_count, count
 from jaxmoe import RoutingConfig
+from jaxmoe.arguments import half
 
 
 class MoEParams(NamedTuple):
@@ -88,7 +89,7 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     if params.bias is not None:
         check("params.bias", params.bias, (experts,))
     check("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
-    inner = params.gate_up.shape[2] // 2
+    inner = half("params.gate_up", params.gate_up.shape[2])
     check("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
     valid, number = check_count(num_valid_tokens, "x", x)
     y, *routing = ops.moe(x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json)

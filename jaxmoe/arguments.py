@@ -94,6 +94,13 @@ def check_at_least_one(name: str, value: Any, axis: int) -> None:
         raise ValueError(f"{name}: expected at least one element along axis {axis}, got {_describe(value)}")
 
 
+def half(name: str, twice: int, axis: str = "last") -> int:
+    """Half of the axis that holds gate and up side by side; raises ValueError where it is odd."""
+    if twice % 2:
+        raise ValueError(f"{name}: expected an even {axis} axis, gate and up side by side, got {twice}")
+    return twice // 2
+
+
 def check_one_device(**arrays: Any) -> None:
     """Raises ValueError where arrays that are committed to devices lie on different ones (a sharded array is fine)."""
     seen: dict[frozenset[Any], str] = {}

@@ -58,6 +58,15 @@ def check_plan_sizes(num_experts: Any, align: Any) -> None:
             raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
 
 
+def check_plan_rows(shape: Any, num_experts: int, align: int) -> None:
+    """Raises ValueError for more pairs or rows than the plan's 32-bit numbers have room for."""
+    pairs = shape[0] * shape[1]
+    if pairs >= 2**27 or num_rows(pairs, num_experts, align) >= 2**31 - 2**20:
+        raise ValueError(
+            f"experts: expected fewer than 2**27 pairs, and than 2**31 rows after alignment, got {list(shape)}"
+        )
+
+
 def plan_dispatch(
     experts: jax.Array,
     num_experts: int,
@@ -72,8 +81,9 @@ def plan_dispatch(
     atomics, the same bit for bit on every run.
 
     Args:
-      experts: int32 [T, S], the ids; a negative one, or one not below the number of ids, is dropped. T may be 0.
-      num_experts: how many experts there are here, 1 to 1024 (shared ids count: `config.num_expert_ids`).
+      experts: int32 [T, S], the ids; a negative one, or one not below the number of ids, is dropped. T may be 0; T * S
+        is below 2**27.
+      num_experts: how many experts there are here, 1 to 2048 (shared ids count: `config.num_expert_ids`).
       align: each expert's rows start at, and fill up to, a multiple of this.
       expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here (expert parallelism).
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
@@ -96,8 +106,7 @@ def plan_dispatch(
     check_array("experts", experts, ("T", "S"), (jnp.int32,))
     arguments.check_at_least_one("experts", experts, 1)
     check_plan_sizes(num_experts, align)
-    if num_rows(experts.size, num_experts, align) >= 2**31 - 2**20:
-        raise ValueError(f"experts: expected fewer than 2**31 rows after alignment, got {list(experts.shape)}")
+    check_plan_rows(experts.shape, num_experts, align)
     if expert_map is not None:
         check_array("expert_map", expert_map, ("ids",), (jnp.int32,))
         arguments.check_at_least_one("expert_map", expert_map, 0)

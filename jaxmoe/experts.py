@@ -132,11 +132,9 @@ def experts(
     width = rows.shape[1]
     check_array("gate_up", gate_up, ("E", "2 * I", width) if transposed else ("E", width, "2 * I"), (rows.dtype,))
     arguments.check_at_least_one("gate_up", gate_up, 0)
-    num_experts, twice = gate_up.shape[0], gate_up.shape[1 if transposed else 2]
-    if twice % 2:
-        axis = "second" if transposed else "last"
-        raise ValueError(f"gate_up: expected an even {axis} axis, gate and up side by side, got {twice}")
-    inner = twice // 2
+    num_experts = gate_up.shape[0]
+    axis = ("second", 1) if transposed else ("last", 2)
+    inner = arguments.half("gate_up", gate_up.shape[axis[1]], axis[0])
     check_array("down", down, (num_experts, width, inner) if transposed else (num_experts, inner, width), (rows.dtype,))
     check_array("group_sizes", group_sizes, (num_experts,), (jnp.int32,))
     if activation not in ACTIVATIONS:

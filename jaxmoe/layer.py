@@ -71,14 +71,18 @@ def weighted_fwd(implementation: str | None, *args: jax.Array) -> tuple[jax.Arra
 def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     """The gradients of the arguments, from what `weighted_fwd` kept: of all rows gate and up alone.
 
+    In float16 the gradient of the hidden rows is rounded before a token's weight makes it smaller: it is infinite from
+    65504 / weight on, which loss scales have to allow for.
+
     A weight's gradient, its row of the experts' result . grad, is hidden . (grad @ down.T) too, so that result is not
     needed; and the rows that went in are dispatched again.
     """
     kept, x, rows, slots, group_sizes, weights, gate_up, down = saved
     # Or XLA would see that they were dispatched before, and keep them until now.
     x, grad = jax.lax.optimization_barrier((x, grad))
-    slot = jnp.maximum(slots, 0)
-    scale = jnp.where(slots >= 0, weights.astype(jnp.float32).reshape(-1)[slot], 0.0)
+    scale = jnp.zeros(slots.shape, jnp.float32)
+    if 0 not in rows.shape:
+        scale = jnp.where(slots >= 0, weights.astype(jnp.float32).reshape(-1)[jnp.maximum(slots, 0)], 0.0)
     dout = move(implementation, grad, rows, slots, None, None, grad.dtype)
     dhidden = product(implementation, dout, down, group_sizes, transposed=True)
     dkept, hidden, dots = gated_grad((implementation, "silu", False), kept, dhidden, scale)
@@ -87,7 +91,9 @@ def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     dgate_up = outer(implementation, held, dkept, group_sizes, transposed=False)
     dheld = product(implementation, dkept, gate_up, group_sizes, transposed=True)
     dx = gather(implementation, dheld, rows, None, None, x.dtype)
-    dweights = jnp.where(rows >= 0, dots[jnp.maximum(rows, 0)], 0.0).astype(weights.dtype)
+    dweights = jnp.zeros_like(weights)
+    if 0 not in dots.shape:
+        dweights = jnp.where(rows >= 0, dots[jnp.maximum(rows, 0)], 0.0).astype(weights.dtype)
     return dx, *map(no_gradient, (rows, slots, group_sizes)), dweights, dgate_up, ddown
 
 
@@ -143,9 +149,8 @@ def moe(
     if params.bias is not None:
         check_array("params.bias", params.bias, (config.num_experts,))
     check_array("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
-    check_array(
-        "params.down", params.down, (config.num_expert_ids, params.gate_up.shape[2] // 2, x.shape[1]), (x.dtype,)
-    )
+    inner = arguments.half("params.gate_up", params.gate_up.shape[2])
+    check_array("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
     arguments.check_one_device(x=x, params=params)
 
     logits = router_logits(x, params.router, implementation=implementation)

@@ -15,7 +15,7 @@ from bridge.native import dispatch as native
 from bridge.ops.library import define
 from jaxmoe import reference
 from jaxmoe.arguments import Rows, dense
-from jaxmoe.dispatch import check_plan_sizes
+from jaxmoe.dispatch import check_plan_rows, check_plan_sizes
 from kernels_pallas.plan_dispatch import num_rows
 
 Tensor = torch.Tensor
@@ -33,10 +33,8 @@ def _plan_fake(
         check("expert_map", expert_map, ("ids",), INT32)
         if expert_map.shape[0] < 1:
             raise ValueError("expert_map: expected at least one element along axis 0, got int32[0]")
-    items = experts.shape[0] * experts.shape[1]
-    rows = num_rows(items, num_experts, align)
-    if rows >= 2**31 - 2**20:
-        raise ValueError(f"experts: expected fewer than 2**31 rows after alignment, got {list(experts.shape)}")
+    check_plan_rows(experts.shape, num_experts, align)
+    rows = num_rows(experts.shape[0] * experts.shape[1], num_experts, align)
     return experts.new_empty(experts.shape), experts.new_empty(rows), experts.new_empty(num_experts)
 
 

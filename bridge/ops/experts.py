@@ -12,6 +12,7 @@ from bridge.call import call
 from bridge.checks import INT32, check, check_layout
 from bridge.native import experts as native
 from bridge.ops.library import define
+from jaxmoe.arguments import half
 
 Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -125,9 +126,7 @@ def _check_experts(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Ten
     check("rows", rows, ("M", "H"))
     check("gate_up", gate_up, ("E", rows.shape[1], "2 * I"), (rows.dtype,))
     num_experts, width, twice = gate_up.shape
-    if twice % 2:
-        raise ValueError(f"gate_up: expected an even last axis, gate and up side by side, got {twice}")
-    check("down", down, (num_experts, twice // 2, width), (rows.dtype,))
+    check("down", down, (num_experts, half("gate_up", twice), width), (rows.dtype,))
     check("group_sizes", group_sizes, (num_experts,), INT32)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")

@@ -11,12 +11,13 @@ import jax
 import torch
 
 from bridge.call import call
-from bridge.checks import INT32, check, check_layout
+from bridge.checks import INT32, check, check_layout, row_stride
 from bridge.native import dispatch as moves
 from bridge.native import experts as native
 from bridge.ops.experts import check_weight
 from bridge.ops.library import define
 from jaxmoe import layer
+from jaxmoe.arguments import half
 
 Tensor = torch.Tensor
 ACTIVATION = "silu"
@@ -26,6 +27,7 @@ def _check(
     x: Tensor, rows: Tensor, slots: Tensor, group_sizes: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> None:
     check("x", x, ("T", "H"))
+    row_stride("x", x)
     width = x.shape[1]
     check("rows", rows, (x.shape[0], "S"), INT32)
     check("slots", slots, ("M",), INT32)
@@ -33,7 +35,7 @@ def _check(
     check("gate_up", gate_up, ("E", width, "2 * I"), (x.dtype,))
     num_experts, _, twice = gate_up.shape
     check("group_sizes", group_sizes, (num_experts,), INT32)
-    check("down", down, (num_experts, twice // 2, width), (x.dtype,))
+    check("down", down, (num_experts, half("gate_up", twice), width), (x.dtype,))
     for name, weight in (("gate_up", gate_up), ("down", down)):
         check_weight(name, weight, x.device)
     check_layout(x.device, rows=rows, slots=slots, group_sizes=group_sizes, weights=weights)
@@ -155,8 +157,11 @@ def _backward_native(
     dx, dweights, dgate_up, ddown = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept)
     held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
     dhidden, dkept = torch.empty_like(hidden), torch.empty_like(kept)  # kept stays: there may be a second backward pass
-    flat = weights.reshape(-1).float()  # of float32, as routing's are, nothing is cast
-    scale = flat[slots.clamp(min=0)].masked_fill_(slots < 0, 0.0) if flat.numel() else flat
+    if rows.numel():
+        flat = weights.reshape(-1).float()  # of float32, as routing's are, nothing is cast
+        scale = flat[slots.clamp(min=0)].masked_fill_(slots < 0, 0.0)
+    else:  # no tokens, but rows that fill experts up
+        scale = torch.zeros_like(slots, dtype=torch.float32)
     dots = torch.empty_like(scale)
     moves.dispatch(grad, rows, slots, None, held)
     native.grouped_matmul(held, down.mT, group_sizes, dhidden)
@@ -168,6 +173,8 @@ def _backward_native(
     moves.combine(held, rows, None, dx)
     if dots.numel():
         dweights.copy_(dots[rows.clamp(min=0)]).masked_fill_(rows < 0, 0.0)
+    else:
+        dweights.zero_()
     return dx, dweights, dgate_up, ddown
 
 

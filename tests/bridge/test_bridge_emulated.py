@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 
 import jaxmoe
 from bridge.native import dispatch, experts, routing
-from jaxmoe import DispatchPlan, Routing, RoutingConfig, presets
+from bridge.ops import weighted_experts
+from jaxmoe import DispatchPlan, Routing, RoutingConfig, layer, presets
 from kernels_pallas import plan_dispatch as plan_kernels
 from tests import oracle
 from tests.cases import BF16, F16, F32, Case, coarse, normal, spoiled
@@ -276,13 +277,30 @@ def test_gradient_of_routing(scoring_func: str, emulator: Emulator) -> None:
     oracle.same(got.numpy(), np.asarray(pull(grad)[0], np.float64), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "tokens"), [((BF16, BF16), 5), ((BF16, F32), 5), ((F16, F16), 70)], ids=["bf16", "mixed", "many"]
-)
-def test_router_logits(dtypes: tuple[Any, Any], tokens: int, emulator: Emulator) -> None:
-    x, weight = normal(0, tokens, 72, dtype=dtypes[0]), normal(1, 40, 72, dtype=dtypes[1])
-    got = routing.router_logits(emulator.put(x), emulator.put(weight))
-    oracle.same(got.numpy(), np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, rtol=1e-5, atol=1e-4)
+LOGITS = {
+    "one token": (1, 328, BF16, BF16),
+    "one token, mixed": (1, 328, BF16, F32),
+    "three tokens, plain products": (3, 4104, BF16, F32),
+    "slices": (5, 1032, BF16, BF16),
+    "parts, in slices": (5, 520, BF16, F32),
+    "parts of the tokens": (9, 520, F32, BF16),
+    "large tiles": (140, 200, F16, F16),
+    "large tiles of parts": (140, 136, BF16, F32),
+    "odd width": (70, 77, BF16, F32),
+    "float32": (6, 136, F32, F32),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_router_logits(name: str, emulator: Emulator) -> None:
+    """Every tile and way to multiply; float32 operands as exactly as float32 products are."""
+    tokens, width, *dtypes = LOGITS[name]
+    x, weight = normal(0, tokens, width, dtype=dtypes[0]), normal(1, 40, width, dtype=dtypes[1])
+    got = routing.router_logits(emulator.put(x, extra=8 if width % 8 == 0 else 3), emulator.put(weight))
+    want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    oracle.same(got.numpy(), want, rtol=2e-6, atol=2e-6 * width**0.5)
+    with pytest.raises(AssertionError):
+        oracle.same(np.roll(got.numpy(), 1, axis=1), want, rtol=2e-6, atol=2e-6 * width**0.5)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +326,41 @@ def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emu
     right, products = np.asarray(up, np.float64)[: len(owner)], np.zeros((4, 72, 40))
     np.add.at(products, owner, left[:, :, None] * right[:, None, :])
     oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_weighted_experts(transposed: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op of dispatch, experts and combine, forward and backward, with dropped pairs and rows that hold nothing."""
+    found = plan(emulator, PlanCase("", 5, align=4, tokens=11, ids=drawn(-1, 5)))
+    x, up = (normal(seed, 11, 72, dtype=BF16) for seed in (0, 1))
+    weights = normal(2, *found.rows.shape)
+    gate_up, down = normal(3, 5, 72, 48, dtype=BF16, scale=0.1), normal(4, 5, 24, 72, dtype=BF16, scale=0.2)
+    lay = lambda w: emulator.put(np.asarray(w).swapaxes(1, 2)).mT if transposed else emulator.put(w)
+    tensors = [emulator.put(a) for a in (x, found.rows, found.slots, found.group_sizes, weights)]
+    tensors += [lay(gate_up), lay(down)]
+    y, kept = weighted_experts._native(*tensors, True)
+
+    gated_grad = experts.gated_grad
+
+    def with_scale(*args: Any) -> None:
+        emulator.add(args[5], writable=False)  # indexing made it
+        gated_grad(*args)
+
+    monkeypatch.setattr(experts, "gated_grad", with_scale)
+    before = kept.clone()
+    got = weighted_experts._backward_native(emulator.put(up), *tensors, kept)
+    assert torch.equal(before, kept), "there may be a second backward pass"
+
+    def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+        arrays = x, found.rows, found.slots, found.group_sizes, weights, gate_up, down
+        return layer.weighted_experts("xla", *arrays)
+
+    wide = [jax.numpy.asarray(a, F32) for a in (x, weights, gate_up, down)]
+    want, pull = jax.vjp(exactly, *wide)
+    oracle.same(array(y), np.asarray(want, np.float64), rtol=0.03, atol=0.03)
+    for g, w in zip(got, pull(jax.numpy.asarray(up, F32)), strict=True):
+        scale = float(jax.numpy.abs(w).max())
+        oracle.same(array(g) / scale, np.asarray(w, np.float64) / scale, rtol=0.03, atol=0.01)
 
 
 # The checks are worth something only if a wrong kernel fails them.

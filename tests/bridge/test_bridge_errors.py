@@ -152,6 +152,11 @@ WRONG = {
         lambda: {"params": params(down=torch.zeros(9, 15, 32))},
         r"params.down: expected .*\[9, 16, 32\]",
     ),
+    "params.gate_up": (
+        "moe",
+        lambda: {"params": params(gate_up=torch.zeros(9, 32, 31))},
+        "params.gate_up: expected an even last axis, gate and up side by side, got 31",
+    ),
     "params.router": (
         "moe",
         lambda: {"params": params(router=[1.0])},

@@ -113,6 +113,23 @@ def test_every_op_is_here() -> None:
     assert defined == {name.partition(",")[0] for name in CALLS}
 
 
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (3, 4)])
+def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
+    """No tokens, but rows that fill experts up; tokens whose every pair is dropped: zeros, and gradients of zero."""
+    ids = torch.full((tokens, 2), -1, dtype=torch.int32)
+    rows, slots, sizes = bridge.plan_dispatch(ids, experts, align=4)
+    assert len(slots) > 0
+    leaves = [normal(tokens, H, grad=True), normal(tokens, 2, grad=True)]
+    leaves += [normal(experts, H, 2 * I, grad=True), normal(experts, I, H, grad=True)]
+    x, weights, gate_up, down = leaves
+    y, kept = OPS.weighted_experts(x, rows, slots, sizes, weights, gate_up, down, True)
+    assert (y.shape, kept.shape) == ((tokens, H), (len(slots), 2 * I))
+    assert not y.any()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+
+
 def layer(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
     logits = bridge.router_logits(x, router)
     routing = bridge.route(logits, bias, config=CONFIG, num_valid_tokens=max(x.shape[0] - 1, 0))
@@ -181,6 +198,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "strided weights": (
         lambda: bridge.experts(normal(M, H), normal(E, H, 4 * I)[..., ::2], normal(E, I, H), plan().group_sizes),
         "gate_up: expected a contiguous tensor or the transpose of one",
+    ),
+    "odd gate and up": (
+        lambda: bridge.moe(
+            normal(T, H), bridge.MoEParams(normal(16, H), normal(E, H, 2 * I - 1), normal(E, I, H)), CONFIG
+        ),
+        "params.gate_up: expected an even last axis",
     ),
     "activation": (
         lambda: bridge.experts(normal(M, H), *weights(False), plan().group_sizes, activation="relu"),

@@ -80,19 +80,21 @@ class Emulator:
                 assert len(arguments) == len(self.own)
                 emulator.records.append(machine.launch(self.code, emulator.memory, (x, y), list(arguments)))
 
-        new_empty = torch.Tensor.new_empty
+        def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+                tensor = make(*args, **kwargs)
+                tensor.untyped_storage().fill_(POISON)
+                return self.add(tensor)
 
-        def poisoned(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            made = new_empty(tensor, *args, **kwargs)
-            made.view(-1).view(torch.uint8).fill_(POISON)
-            return self.add(made)
+            return made
 
         patch.setattr(targets, "binary", keep)
         patch.setattr(build, "target_of", lambda device: known)
         patch.setattr(build, "Kernel", Kernel)
         patch.setattr(build.cache, "load", _built.get)
         patch.setattr(build.cache, "store", _built.__setitem__)
-        patch.setattr(torch.Tensor, "new_empty", poisoned)
+        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
         forget()
 
 

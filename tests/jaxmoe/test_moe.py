@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -168,6 +169,12 @@ def test_update_bias_leaves_shared_experts_out() -> None:
         (lambda: jaxmoe.update_bias(jnp.zeros(4), jnp.zeros(4), rate=1.0), r"load: expected int32 \[E\], got float32"),
         (lambda: jaxmoe.moe(normal(0, 3, 17), params_for(CONFIG), CONFIG), r"params.router: expected .*\[8, 17\]"),
         (lambda: jaxmoe.moe(normal(0, 3, 16), {}, CONFIG), r"params: expected MoEParams, got dict"),
+        (
+            lambda: jaxmoe.moe(
+                normal(0, 3, 16), dataclasses.replace(params_for(CONFIG), gate_up=normal(0, 9, 16, 13)), CONFIG
+            ),
+            r"params.gate_up: expected an even last axis, gate and up side by side, got 13",
+        ),
         (
             lambda: jaxmoe.moe(normal(0, 3, 16, dtype=BF16), params_for(CONFIG), CONFIG),
             r"params.gate_up: expected bfloat16",
