@@ -49,6 +49,15 @@ def test_checks_reject_wrong_results(implementation: str) -> None:
             pytest.fail(f"not caught: {name}", pytrace=False)
 
 
+def test_sums_that_overflow_float32(implementation: str) -> None:
+    """Groups whose two best add up to infinity tie: the lower ones stay. (In float64, the oracle's, they do not.)"""
+    config = RoutingConfig(num_experts=24, top_k=4, n_group=4, topk_group=2)
+    bias = jnp.asarray(np.random.default_rng(18).uniform(0, 3e38, 24), jnp.float32)
+    got = jaxmoe.route(normal(1, 3, 24), bias, config=config, implementation=implementation)
+    best = np.argsort(-np.asarray(bias, np.float64)[:12], kind="stable")[:4]
+    np.testing.assert_array_equal(got.experts, np.tile(best, (3, 1)))
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("valid", [0, 1, 4, 6])
 def test_num_valid_tokens(valid: int, on_device: bool, implementation: str) -> None:
