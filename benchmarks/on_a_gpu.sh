@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What a change to the kernels has to go through on a GPU, in parts that each end within ten minutes:
 #
-#     benchmarks/on_a_gpu.sh tests|sanitize|bench|layers|endurance [OUT]
+#     benchmarks/on_a_gpu.sh tests|sanitize|bench|tiles|layers|endurance [OUT]
 #
 # OUT (default: $OUT, or ./gpu_output) gets the logs and results. Where .peers/peers.tar.xz lies in the repository, as
 # pack_peers.sh makes it, the peers' kernels are unpacked from there; else installed packages are taken, or none.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?tests, sanitize, bench, layers or endurance}
+part=${1:?tests, sanitize, bench, tiles, layers or endurance}
 out=${2:-${OUT:-gpu_output}}
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
@@ -39,6 +39,9 @@ sanitize)
 bench)
     python3 -m jaxmoe bench --only route,movement,align,step,router_logits,host --output "$out/bench.json" --note "$note" 2>&1 |
         tee "$out/bench.log" | tail -110
+    ;;
+tiles)
+    python3 -m benchmarks.logits_tiles 2>&1 | tee "$out/logits_tiles.log" | tail -90
     ;;
 layers)
     python3 -m benchmarks.jax_layer --output "$out/jax_layer.json"
