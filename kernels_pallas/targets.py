@@ -55,6 +55,7 @@ TARGETS = {
 
 
 ALIGNED = " {tt.divisibility = 32 : i32}"  # what Pallas says of every pointer
+STRIDE = 1299709  # stands for a distance of rows that is passed at the launch: a prime, which nothing else is
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,27 @@ class Lowered:
     num_warps: int
     num_stages: int
     sizes: tuple[str, ...] = ()  # int32 arguments between the arrays that go in and those that come out
+    outputs: int = 0  # which argument is the first of those
 
     def unaligned(self) -> Lowered:
         """The same for arrays that may begin anywhere; as it is, the kernel counts on multiples of 32 bytes."""
         if ALIGNED not in self.ttir:
             raise RuntimeError(f"{self.name}: this jax ({jax.__version__}) does not mark pointers with {ALIGNED!r}")
         return dataclasses.replace(self, ttir=self.ttir.replace(ALIGNED, ""))
+
+    def with_stride(self, divisor: int) -> Lowered:
+        """The same with the distance of rows, `STRIDE` as it is, as the last size: a multiple of `divisor`.
+
+        Pallas writes it as a constant of 32 or 64 bits wherever it computes an address; what comes out is checked.
+        """
+        declared = f"%arg{self.outputs}: !tt.ptr"
+        name = "%arg1000"  # `binary` reads the arguments off their names
+        ttir, count = re.subn(rf"arith\.constant {STRIDE} : i32\b", f"arith.ori {name}, {name} : i32", self.ttir)
+        ttir, wide = re.subn(rf"arith\.constant {STRIDE} : i64\b", f"arith.extsi {name} : i32 to i64", ttir)
+        if not count + wide or ttir.count(declared) != 1 or re.search(rf"(?<!%c){STRIDE}", ttir):
+            raise RuntimeError(f"this jax ({jax.__version__}) writes the stride otherwise than expected:\n{ttir}")
+        argument = f"{name}: i32 {{tt.divisibility = {divisor} : i32}}, {declared}"
+        return dataclasses.replace(self, ttir=ttir.replace(declared, argument), sizes=(*self.sizes, "stride"))
 
 
 @dataclass(frozen=True)
@@ -189,6 +205,7 @@ def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run
                     name=ir.StringAttr(config["name"]).value,
                     ttir=_as_numbers(_decode(ir.StringAttr(config["ir"]).value_bytes), first, len(names)),
                     sizes=names,
+                    outputs=first + len(names),
                     grid=(number("grid_x"), number("grid_y"), number("grid_z")),
                     num_warps=number("num_warps"),
                     num_stages=number("num_stages"),

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,20 +77,23 @@ def _toolchain() -> str:
     return f"{sources.hexdigest()} jax {jax.__version__} {_triton_version()}"
 
 
-def build(function: Callable[..., Any], device: int, is_aligned: bool, **arguments: Any) -> list[Kernel]:
+def build(
+    function: Callable[..., Any], device: int, is_aligned: bool, *, divisor: int = 0, **arguments: Any
+) -> list[Kernel]:
     """The kernels that function(**arguments) launches, in order, for any number of rows.
 
     Args:
       function: of `kernels_pallas`.
       device: torch's index.
       is_aligned: whether every address will be a multiple of 32 bytes.
+      divisor: 0, or what the first kernel's last size, the distance of rows, is a multiple of: see `laid`.
       arguments: those that are shapes stand for arrays, in the function's order; sides that change from call to call
         may have any size. The others are passed as they are; their repr must say all of them.
     """
     start = time.perf_counter()
     target = target_of(device)
     name = f"{function.__module__}.{function.__qualname__}"
-    key = f"{name} {arguments!r} {target!r} aligned={is_aligned} {_toolchain()}"
+    key = f"{name} {arguments!r} {target!r} aligned={is_aligned} divisor={divisor} {_toolchain()}"
     binaries = cache.load(key)
     compiled = binaries is None
     if binaries is None:
@@ -102,6 +106,8 @@ def build(function: Callable[..., Any], device: int, is_aligned: bool, **argumen
 
         lowered = targets.lower(fn, *shapes.values(), target=target, sizes_at_run_time=True)
         lowered = lowered if is_aligned else [kernel.unaligned() for kernel in lowered]
+        if divisor:
+            lowered[0] = lowered[0].with_stride(divisor)
         binaries = [targets.binary(kernel, targets.compile_kernel(kernel, target)) for kernel in lowered]
         cache.store(key, binaries)
     kernels = [Kernel(binary, device) for binary in binaries]
@@ -116,6 +122,20 @@ WIDE = 2**32  # bytes; past that Pallas takes offsets of 64 bits
 def rows_for(num_rows: int, width: int, itemsize: int) -> int:
     """How many rows to lower for: 1, or, where 32-bit offsets do not reach, those that fill the next power of two."""
     return 1 if num_rows * width * itemsize <= WIDE else 1 << (num_rows - 1).bit_length()
+
+
+def laid(matrix: torch.Tensor, num_rows: int) -> tuple[int, int, int, tuple[int, ...]]:
+    """How a matrix lies, for a kernel that reads its rows.
+
+    Returns:
+      (length of the rows, how many of them) to lower for, `build`'s divisor, and what to pass behind the sizes: nothing
+      where rows lie close. Else their distance, and one kernel serves all that are multiples of the same power of two.
+    """
+    stride, width = row_stride(matrix), matrix.shape[1]
+    rows = rows_for(num_rows, stride, matrix.itemsize)
+    if stride == width:
+        return width, rows, 0, ()
+    return targets.STRIDE, 1 if rows == 1 else 1 << 14, math.gcd(stride, 16), (stride,)
 
 
 def aligned(*addresses: int) -> bool:

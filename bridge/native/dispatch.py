@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from bridge.native.build import JAX_DTYPES, aligned, build, row_stride, rows_for, shape
+from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas import dispatch as dispatch_kernels
@@ -85,6 +85,7 @@ def _dispatch(
     width: int,
     stride: int,
     tokens: int,
+    divisor: int,
     rows: int,
     is_aligned: bool,
     device: int,
@@ -93,6 +94,7 @@ def _dispatch(
         dispatch_kernels.dispatch,
         device,
         is_aligned,
+        divisor=divisor,
         x=shape(x, tokens, stride),
         rows=shape(INT32, tokens, num_slots),
         slots=shape(INT32, rows),
@@ -113,7 +115,8 @@ def dispatch(
     ins = [x.data_ptr(), rows.data_ptr(), slots.data_ptr()]
     if scale is not None:
         ins.append(scale.data_ptr())
-    into, stride = out.data_ptr(), row_stride(x)
+    into = out.data_ptr()
+    stride, tokens, divisor, distance = laid(x, num_tokens)
     kernel = _dispatch(
         x.dtype,
         out.dtype,
@@ -121,14 +124,15 @@ def dispatch(
         num_slots,
         width,
         stride,
-        rows_for(num_tokens, stride, x.itemsize),
+        tokens,
+        divisor,
         rows_for(num_rows, width, out.itemsize),
         aligned(*ins, into),
         x.get_device(),
     )
     config = dispatch_kernels.config_for(width, JAX_DTYPES[out.dtype], _platform())
     (programs,) = dispatch_kernels.grid_for(num_tokens, num_rows, width, config)
-    kernel(programs, 1, *ins, num_tokens, num_rows, into)
+    kernel(programs, 1, *ins, num_tokens, num_rows, *distance, into)
 
 
 @functools.cache
@@ -139,6 +143,7 @@ def _combine(
     width: int,
     stride: int,
     rows: int,
+    divisor: int,
     tokens: int,
     is_aligned: bool,
     device: int,
@@ -147,6 +152,7 @@ def _combine(
         combine_kernels.combine,
         device,
         is_aligned,
+        divisor=divisor,
         x=shape(x, rows, stride),
         rows=shape(INT32, tokens, num_slots),
         weights=None if weights is None else shape(weights, tokens, num_slots),
@@ -163,20 +169,22 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
     ins = [x.data_ptr(), rows.data_ptr()]
     if weights is not None:
         ins.append(weights.data_ptr())
-    into, stride = out.data_ptr(), row_stride(x)
+    into = out.data_ptr()
+    stride, many, divisor, distance = laid(x, num_rows)
     kernel = _combine(
         x.dtype,
         None if weights is None else weights.dtype,
         num_slots,
         width,
         stride,
-        rows_for(num_rows, stride, x.itemsize),
+        many,
+        divisor,
         rows_for(num_tokens, width, out.itemsize),
         aligned(*ins, into),
         x.get_device(),
     )
     config = combine_kernels.config_for(width, JAX_DTYPES[x.dtype], _platform())
-    kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, into)
+    kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, *distance, into)
 
 
 @functools.cache
@@ -188,6 +196,7 @@ def _weight_grad(
     width: int,
     stride: int,
     rows: int,
+    divisor: int,
     tokens: int,
     is_aligned: bool,
     device: int,
@@ -196,6 +205,7 @@ def _weight_grad(
         combine_kernels.combine_weight_grad,
         device,
         is_aligned,
+        divisor=divisor,
         x=shape(x, rows, stride),
         dy=shape(dy, tokens, width),
         rows=shape(INT32, tokens, num_slots),
@@ -209,7 +219,8 @@ def combine_weight_grad(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor, o
     if 0 in (num_tokens, num_rows, width):
         out.zero_()
         return
-    addresses, stride = (x.data_ptr(), dy.data_ptr(), rows.data_ptr(), out.data_ptr()), row_stride(x)
+    ins, into = [tensor.data_ptr() for tensor in (x, dy, rows)], out.data_ptr()
+    stride, many, divisor, distance = laid(x, num_rows)
     kernel = _weight_grad(
         x.dtype,
         dy.dtype,
@@ -217,9 +228,10 @@ def combine_weight_grad(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor, o
         num_slots,
         width,
         stride,
-        rows_for(num_rows, stride, x.itemsize),
+        many,
+        divisor,
         rows_for(num_tokens, width, dy.itemsize),
-        aligned(*addresses),
+        aligned(*ins, into),
         x.get_device(),
     )
-    kernel(num_tokens, 1, *addresses)
+    kernel(num_tokens, 1, *ins, *distance, into)

@@ -41,7 +41,7 @@ def _matmul(
     device: int,
 ) -> Kernel:
     depth = sizes[2 if transposed else 1]
-    arrays = {"rows": shape(dtype, rows, depth)}
+    arrays: dict[str, Any] = {"rows": shape(dtype, rows, depth)}
     static: dict[str, Any] = {"transposed": transposed, "config": config}
     function: Any = kernels.grouped_matmul
     if activation is None:
@@ -131,7 +131,11 @@ def gated_grad(
 
 @functools.cache
 def _outer(dtype: torch.dtype, experts: int, left: int, right: int, rows: int, is_aligned: bool, device: int) -> Kernel:
-    arrays = {"a": shape(dtype, rows, left), "b": shape(dtype, rows, right), "group_sizes": shape(INT32, experts)}
+    arrays: dict[str, Any] = {
+        "a": shape(dtype, rows, left),
+        "b": shape(dtype, rows, right),
+        "group_sizes": shape(INT32, experts),
+    }
     return build(grad_kernels.grouped_outer, device, is_aligned, **arrays)[0]
 
 

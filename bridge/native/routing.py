@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bridge.native.build import ALIGNMENT, JAX_DTYPES, WIDE, aligned, build, row_stride, rows_for, shape
+from bridge.native.build import ALIGNMENT, JAX_DTYPES, WIDE, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.config import RoutingConfig, rule_for
 from kernels_pallas import count, route_grad, router_logits_grad
@@ -32,6 +32,7 @@ def _route(
     with_load: bool,
     stride: int,
     rows: int,
+    divisor: int,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
@@ -41,6 +42,7 @@ def _route(
         route_kernels.route,
         device,
         is_aligned,
+        divisor=divisor,
         logits=shape(logits, rows, stride),
         bias=None if bias is None else shape(bias, rule.num_experts),
         num_valid_tokens=counts[valid],
@@ -60,7 +62,7 @@ def route(
     load: torch.Tensor | None,
 ) -> None:
     """Fills weights, experts and load. How many tokens are valid says `valid`, on the device, or `number`."""
-    num_tokens, stride = logits.shape[0], row_stride(logits)
+    num_tokens = logits.shape[0]
     if num_tokens == 0:
         if load is not None:
             load.zero_()
@@ -79,6 +81,7 @@ def route(
         count_from = "number"
         ins.append(number)
     dtype, device = logits.dtype, logits.get_device()
+    stride, rows, divisor, distance = laid(logits, num_tokens)
     kernel = _route(
         config,
         dtype,
@@ -86,11 +89,12 @@ def route(
         count_from,
         load is not None,
         stride,
-        rows_for(num_tokens, stride, dtype.itemsize),
+        rows,
+        divisor,
         is_aligned,
         device,
     )
-    kernel(num_tokens, 1, *ins, *outs)
+    kernel(num_tokens, 1, *ins, *distance, *outs)
     if load is not None:
         _count(experts, load, device)
 
@@ -158,7 +162,7 @@ def _prepare(logits: torch.Tensor, bias: torch.Tensor | None, config: str) -> bo
     known, bias_dtype = config_of(config), None if bias is None else bias.dtype
     dtype, device, experts = logits.dtype, logits.get_device(), known.num_experts
     if dtype in JAX_DTYPES and (bias is None or bias_dtype in JAX_DTYPES) and INT32 not in (dtype, bias_dtype):
-        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, True, device)
+        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, 0, True, device)
         most = WIDE // (experts * dtype.itemsize)
         _at_once[config, dtype, bias_dtype, device] = experts, known.num_slots, most, kernel
     return False
@@ -166,8 +170,8 @@ def _prepare(logits: torch.Tensor, bias: torch.Tensor | None, config: str) -> bo
 
 @functools.cache
 def _count_load(num_ids: int, is_aligned: bool, device: int) -> Kernel:
-    arrays = {"experts": shape(INT32, 1, 1), "cleared": shape(INT32, num_ids)}
-    return build(count.count_load, device, is_aligned, **arrays)[0]
+    experts, cleared = shape(INT32, 1, 1), shape(INT32, num_ids)
+    return build(count.count_load, device, is_aligned, experts=experts, cleared=cleared)[0]
 
 
 def _count(experts: torch.Tensor, load: torch.Tensor, device: int) -> None:
@@ -178,12 +182,15 @@ def _count(experts: torch.Tensor, load: torch.Tensor, device: int) -> None:
 
 
 @functools.cache
-def _route_backward(config: str, logits: torch.dtype, stride: int, rows: int, is_aligned: bool, device: int) -> Kernel:
+def _route_backward(
+    config: str, logits: torch.dtype, stride: int, rows: int, divisor: int, is_aligned: bool, device: int
+) -> Kernel:
     rule = rule_for(config_of(config), False)  # a bias changes nothing in the gradient
     return build(
         route_grad.route_grad,
         device,
         is_aligned,
+        divisor=divisor,
         logits=shape(logits, rows, stride),
         experts=shape(INT32, rows, rule.num_slots),
         grad=shape(FLOAT32, rows, rule.num_slots),
@@ -193,12 +200,14 @@ def _route_backward(config: str, logits: torch.dtype, stride: int, rows: int, is
 
 def route_backward(grad: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, config: str) -> torch.Tensor:
     """The gradient of the logits."""
-    num_tokens, stride = logits.shape[0], row_stride(logits)
+    num_tokens = logits.shape[0]
     out = logits.new_empty(logits.shape)
     if num_tokens:
-        addresses = logits.data_ptr(), experts.data_ptr(), grad.data_ptr(), out.data_ptr()
-        rows, device = rows_for(num_tokens, stride, logits.itemsize), logits.get_device()
-        _route_backward(config, logits.dtype, stride, rows, aligned(*addresses), device)(num_tokens, 1, *addresses)
+        ins, into = [tensor.data_ptr() for tensor in (logits, experts, grad)], out.data_ptr()
+        stride, rows, divisor, distance = laid(logits, num_tokens)
+        is_aligned, device = aligned(*ins, into), logits.get_device()
+        kernel = _route_backward(config, logits.dtype, stride, rows, divisor, is_aligned, device)
+        kernel(num_tokens, 1, *ins, *distance, into)
     return out
 
 
@@ -210,13 +219,14 @@ def _router_logits(
     width: int,
     stride: int,
     rows: int,
+    divisor: int,
     config: logits_kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
     arrays = {"x": shape(x, rows, stride), "weight": shape(weight, experts, width)}
-    slices = 1  # or any other number: it is passed at the launch
-    return build(logits_kernels.router_logits, device, is_aligned, **arrays, config=config, slices=slices)[0]
+    options = {"config": config, "slices": 1}  # or any other number of slices: it is passed at the launch
+    return build(logits_kernels.router_logits, device, is_aligned, divisor=divisor, **arrays, **options)[0]
 
 
 @functools.cache
@@ -244,12 +254,14 @@ def launch_router_logits(
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     sums = out if slices == 1 else out.new_empty((slices * num_tokens, num_experts))
     ins, to, result = (x.data_ptr(), weight.data_ptr()), sums.data_ptr(), out.data_ptr()
-    stride, device = row_stride(x), x.get_device()
-    rows = rows_for(num_tokens, max(stride * x.itemsize, 4 * num_experts), 1)  # offsets reach the result, too
-    is_aligned = aligned(*ins, to)
-    kernel = _router_logits(x.dtype, weight.dtype, num_experts, width, stride, rows, config, is_aligned, device)
-    steps = () if config.plain else (logits_kernels.steps_for(width, slices, config),)
-    kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, num_tokens, *steps, to)
+    stride, rows, divisor, distance = laid(x, num_tokens)
+    rows = max(rows, rows_for(num_tokens, num_experts, 4))  # offsets reach the result, too
+    is_aligned, device = aligned(*ins, to), x.get_device()
+    kernel = _router_logits(
+        x.dtype, weight.dtype, num_experts, width, stride, rows, divisor, config, is_aligned, device
+    )
+    sizes = (num_tokens, *(() if config.plain else (logits_kernels.steps_for(width, slices, config),)), *distance)
+    kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, *sizes, to)
     if slices > 1:
         kernel = _router_logits_sum(num_experts, aligned(to, result), device)
         kernel(*logits_kernels.sum_grid_for(num_tokens, num_experts), to, num_tokens, slices, result)
@@ -263,7 +275,7 @@ def _platform() -> str:
 def _grad_x(
     weight: torch.dtype, dtype: torch.dtype, experts: int, width: int, rows: int, is_aligned: bool, device: int
 ) -> Kernel:
-    arrays = {"grad": shape(FLOAT32, rows, experts), "weight": shape(weight, experts, width)}
+    arrays: dict[str, Any] = {"grad": shape(FLOAT32, rows, experts), "weight": shape(weight, experts, width)}
     function = router_logits_grad.router_logits_grad_x
     return build(function, device, is_aligned, **arrays, dtype=JAX_DTYPES[dtype])[0]
 
@@ -276,12 +288,13 @@ def _grad_weight(
     width: int,
     stride: int,
     rows: int,
+    divisor: int,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
     arrays = {"grad": shape(FLOAT32, rows, experts), "x": shape(x, rows, stride)}
-    function = router_logits_grad.router_logits_grad_weight
-    return build(function, device, is_aligned, **arrays, dtype=JAX_DTYPES[dtype], width=width)[0]
+    function, options = router_logits_grad.router_logits_grad_weight, {"dtype": JAX_DTYPES[dtype], "width": width}
+    return build(function, device, is_aligned, divisor=divisor, **arrays, **options)[0]
 
 
 def router_logits_backward(
@@ -304,16 +317,19 @@ def router_logits_backward(
         device,
     )
     kernel(*router_logits_grad.grid_for(num_tokens, width, config), *addresses, num_tokens, dx.data_ptr())
-    addresses, stride = (grad.data_ptr(), x.data_ptr()), row_stride(x)
+    addresses = grad.data_ptr(), x.data_ptr()
+    stride, rows, divisor, distance = laid(x, num_tokens)
     kernel = _grad_weight(
         x.dtype,
         weight.dtype,
         num_experts,
         width,
         stride,
-        rows_for(num_tokens, stride, x.itemsize),
+        rows,
+        divisor,
         aligned(*addresses, dweight.data_ptr()),
         device,
     )
-    kernel(*router_logits_grad.grid_for(num_experts, width, config), *addresses, num_tokens, dweight.data_ptr())
+    sizes = num_tokens, *distance
+    kernel(*router_logits_grad.grid_for(num_experts, width, config), *addresses, *sizes, dweight.data_ptr())
     return dx, dweight

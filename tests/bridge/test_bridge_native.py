@@ -234,6 +234,21 @@ def test_addresses_that_are_not_aligned_get_a_kernel_of_their_own(launches: list
 
 
 @pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+def test_strides_are_passed_at_the_launch(launches: list[Any]) -> None:
+    """One kernel serves all strides that are multiples of the same power of two, to 16; dense rows have their own."""
+    rows, slots, _ = bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 3)
+    out = torch.zeros(10, 64, dtype=torch.bfloat16)
+    count = len(build.builds)
+    for width in (64, 80, 96, 160, 1600, 72, 104, 65, 1233):
+        x = torch.zeros(5, width, dtype=torch.bfloat16)[:, :64]
+        dispatch.dispatch(x, rows, slots, None, out)
+        dispatch.combine(torch.zeros(10, width, dtype=torch.bfloat16)[:, :64], rows, None, out[:5])
+    names = [made.name.rpartition(".")[2] for made in build.builds[count:]]
+    assert names.count("dispatch") == names.count("combine") == 4, "dense, and multiples of 16, 8 and 1"
+    assert launches[-1][0] == "combine"
+
+
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 def test_no_alignment_is_assumed_then(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     compile_kernel = build.targets.compile_kernel
