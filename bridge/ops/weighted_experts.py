@@ -110,8 +110,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    dx, dweights, dgate_up, ddown = weighted_experts_backward(grad.contiguous(), *ctx.saved_tensors)
-    return dx, None, None, None, dweights, dgate_up, ddown, None
+    trained = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+    dx, dweights, *stack = weighted_experts_backward(grad.contiguous(), *ctx.saved_tensors, trained)
+    return dx, None, None, None, dweights, *(stack if trained else (None, None)), None
 
 
 weighted_experts = define(
@@ -135,12 +136,15 @@ def _backward_fake(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where not `trained`, nothing is computed for gate_up and down."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
     check("grad", grad, tuple(x.shape), (x.dtype,))
     check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
     check_layout(x.device, grad=grad, kept=kept)
-    return x.new_empty(x.shape), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down)
+    stack = (torch.empty_like(w) if trained else w.new_empty(0) for w in (gate_up, down))
+    return x.new_empty(x.shape), torch.empty_like(weights), next(stack), next(stack)
 
 
 def _backward_native(
@@ -153,8 +157,11 @@ def _backward_native(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweights, dgate_up, ddown = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept)
+    dx, dweights, dgate_up, ddown = _backward_fake(
+        grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, trained
+    )
     held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
     dhidden, dkept = torch.empty_like(hidden), torch.empty_like(kept)  # kept stays: there may be a second backward pass
     if rows.numel():
@@ -166,9 +173,10 @@ def _backward_native(
     moves.dispatch(grad, rows, slots, None, held)
     native.grouped_matmul(held, down.mT, group_sizes, dhidden)
     native.gated_grad(kept, dhidden, ACTIVATION, dkept, hidden, scale, dots)
-    native.grouped_outer(hidden, held, group_sizes, ddown)
-    moves.dispatch(x, rows, slots, None, held)  # the same rows' memory: now the tokens,
-    native.grouped_outer(held, dkept, group_sizes, dgate_up)
+    if trained:
+        native.grouped_outer(hidden, held, group_sizes, ddown)
+        moves.dispatch(x, rows, slots, None, held)  # the same rows' memory: now the tokens,
+        native.grouped_outer(held, dkept, group_sizes, dgate_up)
     native.grouped_matmul(dkept, gate_up.mT, group_sizes, held)  # then their gradients
     moves.combine(held, rows, None, dx)
     if dots.numel():
@@ -197,11 +205,14 @@ def _backward_plain(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept)
+    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, trained)
     arguments = {"grad": grad, **_named(x, rows, slots, group_sizes, weights, gate_up, down), "kept": kept}
     found = call(_jax_backward, arguments, {})
     # In the layout of the weights, as the fake implementation says.
+    if not trained:
+        return found[0], found[1], like[2], like[3]
     dx, dweights, *stack = (
         got if got.stride() == out.stride() else out.copy_(got) for got, out in zip(found, like, strict=True)
     )
@@ -210,7 +221,7 @@ def _backward_plain(
 
 weighted_experts_backward = define(
     "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
-    " Tensor gate_up, Tensor down, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor gate_up, Tensor down, Tensor kept, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
     plain=_backward_plain,
     fake=_backward_fake,

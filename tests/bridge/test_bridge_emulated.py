@@ -348,7 +348,7 @@ def test_weighted_experts(transposed: bool, emulator: Emulator, monkeypatch: pyt
 
     monkeypatch.setattr(experts, "gated_grad", with_scale)
     before = kept.clone()
-    got = weighted_experts._backward_native(emulator.put(up), *tensors, kept)
+    got = weighted_experts._backward_native(emulator.put(up), *tensors, kept, True)
     assert torch.equal(before, kept), "there may be a second backward pass"
 
     def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:

@@ -43,7 +43,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     ids = bridge.route(normal(T, 16), config=CONFIG).experts
     gate_up, down = (leaf(w) for w in weights(False))
     transposed = tuple(leaf(w) for w in weights(True))
-    stack = gate_up.detach(), down.detach()
+    stack, kept = (gate_up.detach(), down.detach()), normal(M, 2 * I, seed=2)
     valid = torch.tensor(3, dtype=torch.int32)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype)
     out = empty(T, 4), empty(T, 4, dtype=torch.int32), empty(E, dtype=torch.int32)
@@ -88,10 +88,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.weighted_experts,
             (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, False),
         ),
-        "weighted_experts_backward": (
-            OPS.weighted_experts_backward,
-            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, normal(M, 2 * I, seed=2)),
-        ),
+        **{
+            f"weighted_experts_backward{', frozen' * (not trained)}": (
+                OPS.weighted_experts_backward,
+                (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept, trained),
+            )
+            for trained in (True, False)
+        },
         "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json)),
         "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5)),
     }
@@ -128,6 +131,24 @@ def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
     for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
         assert gradient.shape == leaf.shape
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("frozen", ["x", "experts", "router"])
+def test_what_is_frozen_gets_no_gradient(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others get what they get otherwise."""
+    from bridge import path
+
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    x, router = normal(T, H, grad=True), normal(16, H, seed=1, grad=True)
+    stack = [leaf(w) for w in weights(False)]
+    tensors = {"x": [x], "router": [router], "experts": stack}
+    run = lambda: bridge.moe(x, bridge.MoEParams(router, *stack, None), CONFIG)[0].square().sum()
+    some = [t for name, group in tensors.items() if name != frozen for t in group]
+    want = torch.autograd.grad(run(), some)
+    for tensor in tensors[frozen]:
+        tensor.requires_grad_(False)
+    for got, wanted in zip(torch.autograd.grad(run(), some), want, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def layer(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
