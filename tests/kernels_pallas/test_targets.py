@@ -100,7 +100,7 @@ def test_one_kernel_for_every_number_of_rows(name: str) -> None:
 @needs_triton
 def test_spills_are_seen() -> None:
     """The report of no spills means something: a kernel squeezed into few registers has some."""
-    kernel = BY_NAME["route 256/8, 8 groups"].lower("sm_90")[0]
+    kernel = BY_NAME["route 896/16"].lower("sm_90")[0]
     squeezed = report(compile_kernel(kernel, "sm_90", maxnreg=24))
     assert squeezed.registers <= 24
     assert squeezed.spills > 0
