@@ -49,6 +49,15 @@ def test_checks_reject_wrong_results(implementation: str) -> None:
             pytest.fail(f"not caught: {name}", pytrace=False)
 
 
+@pytest.mark.parametrize("shift", [-20.0, -17.0])
+def test_choices_that_float32_makes_equal(shift: float, implementation: str) -> None:
+    """A bias of 12 swallows scores of 1e-9 to 1e-7: ties by index, though scores and float64 sums differ."""
+    config = RoutingConfig(num_experts=24, top_k=4, n_group=4, topk_group=2)
+    logits = shift + 0.5 * normal(1, 5, 24)
+    got = jaxmoe.route(logits, jnp.full(24, 12.0), config=config, implementation=implementation)
+    np.testing.assert_array_equal(got.experts, np.tile(np.arange(4), (5, 1)))
+
+
 def test_sums_that_overflow_float32(implementation: str) -> None:
     """Groups whose two best add up to infinity tie: the lower ones stay. (In float64, the oracle's, they do not.)"""
     config = RoutingConfig(num_experts=24, top_k=4, n_group=4, topk_group=2)
