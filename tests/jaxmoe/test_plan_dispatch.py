@@ -114,3 +114,13 @@ def test_wrong_input(arguments: dict[str, object], message: str) -> None:
     experts, num_experts = arguments.pop("experts"), arguments.pop("num_experts")
     with pytest.raises(ValueError, match=message):
         jaxmoe.plan_dispatch(experts, num_experts, **arguments)
+
+
+def test_more_pairs_than_32_bits_have_room_for() -> None:
+    plan = functools.partial(jaxmoe.plan_dispatch, num_experts=8)
+    fits = jax.ShapeDtypeStruct((2**24 - 1, 8), I32)
+    assert jax.eval_shape(plan, fits).slots.shape == (2**27 - 8,)
+    with pytest.raises(ValueError, match=r"experts: expected fewer than 2\*\*27 pairs, .* got \[16777216, 8\]"):
+        jax.eval_shape(plan, jax.ShapeDtypeStruct((2**24, 8), I32))
+    with pytest.raises(ValueError, match=r"2\*\*31 rows after alignment"):
+        jax.eval_shape(functools.partial(plan, align=2**20, num_experts=2048), jax.ShapeDtypeStruct((8, 8), I32))
