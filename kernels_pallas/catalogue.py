@@ -105,10 +105,11 @@ def _count(name: str, tokens: int, slots: int, ids: int) -> Entry:
     return Entry(f"count_load {name}", ("count_load",), count_load, args, takes_target=False)
 
 
-def _plan(name: str, tokens: int, slots: int, experts: int, *, align: int = 1, ids: int | None = None) -> Entry:
+def _plan(
+    name: str, tokens: int, slots: int, experts: int, *, align: int = 1, ids: int | None = None, at_once: bool = False
+) -> Entry:
     args = (_shape(I32, tokens, slots), None if ids is None else _shape(I32, ids))
     fn = functools.partial(plan_dispatch, num_experts=experts, align=align)
-    at_once = tokens * slots <= (4096 if align == 1 else 1024)
     return Entry(f"plan_dispatch {name}", ("plan_dispatch",) if at_once else ("plan_count", "plan_place"), fn, args)
 
 
@@ -232,9 +233,9 @@ CATALOGUE: tuple[Entry, ...] = (
     _count("257 ids", 4096, 9, 257),
     _count("1026 ids, many tokens", 65536, 32, 1026),
     _plan("256 experts", 4096, 8, 256),
-    _plan("8 experts, one token", 1, 2, 8),
-    _plan("256 experts, 512 tokens", 512, 8, 256),
-    _plan("256 experts, 64 tokens, aligned", 64, 8, 256, align=64),
+    _plan("8 experts, one token", 1, 2, 8, at_once=True),
+    _plan("256 experts, 512 tokens", 512, 8, 256, at_once=True),
+    _plan("256 experts, 64 tokens, aligned", 64, 8, 256, align=64, at_once=True),
     _plan("32 of 256 experts, mapped, aligned", 4096, 8, 32, align=128, ids=256),
     _plan("1026 experts, many tokens, aligned", 65536, 32, 1026, align=64),
     _dispatch("bfloat16", BF16, 4096),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.activation import ACTIVATIONS
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,6 @@ def grid_for(num_rows: int, num_experts: int, width: int, config: Config) -> tup
     groups = min(num_experts + 1, num_rows)  # that are not empty; rows behind the last group are one
     tiles = groups + (num_rows - groups) // config.rows  # n rows take at most 1 + (n - 1) / config.rows
     return (pl.cdiv(tiles, config.together) * config.together * pl.cdiv(width, config.columns),)
-
-
-def within(*bounds: tuple[jax.Array, int, int]) -> jax.Array | None:
-    """The mask of the indices below their size, for (index, size, tile); None where every tile is whole."""
-    masks = [at < size for at, size, tile in bounds if size % tile]
-    return functools.reduce(operator.and_, masks) if masks else None
-
-
-def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
-    """What lies at `ref`, zero where the mask is off."""
-    return load(ref) if mask is None else load(ref, mask=mask, other=0.0)
 
 
 def dot_add(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:

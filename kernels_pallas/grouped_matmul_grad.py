@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.grouped_matmul import dot_add, load_masked, within
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.grouped_matmul import dot_add
+from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
 
 
 @dataclass(frozen=True)

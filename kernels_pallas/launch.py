@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,20 @@ store = plgpu.store
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """0, 1, 2, ... along `axis`, int32 also under x64."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def within(*bounds: tuple[jax.Array, Any, int]) -> jax.Array | None:
+    """The mask of the indices below their size, for (index, size, tile); None where every tile is whole.
+
+    A size that is known at run time only is always masked.
+    """
+    masks = [at < size for at, size, tile in bounds if not isinstance(size, int) or size % tile]
+    return functools.reduce(operator.and_, masks) if masks else None
+
+
+def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """What lies at `ref`, zero where the mask is off."""
+    return load(ref) if mask is None else load(ref, mask=mask, other=0.0)
 
 
 def next_power_of_2(n: int) -> int:

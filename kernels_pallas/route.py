@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import iota, launch, load_masked, next_power_of_2, store
 from kernels_pallas.score import (
     EXCLUDED,
     INFINITY,
@@ -188,7 +188,7 @@ class Layout:
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
-    return load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+    return load_masked(ref, mask).astype(jnp.float32)
 
 
 def _keys_of_logits(xs: list[jax.Array], spare: bool) -> list[jax.Array]:

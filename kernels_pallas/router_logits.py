@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
 
 MOST_SLICES = 32
 SUMMED = 16  # slices at a time
@@ -118,16 +118,9 @@ def _place(num_experts: int, config: Config) -> tuple[jax.Array, jax.Array]:
     return tile // columns * config.tokens, tile % columns * config.experts
 
 
-def _inside(*bounds: tuple[jax.Array, Any, int]) -> jax.Array | None:
-    """The mask of the indices below their size, for (index, size, tile); None where every tile is whole."""
-    masks = [at < size for at, size, tile in bounds if not isinstance(size, int) or size % tile]
-    return functools.reduce(jnp.logical_and, masks) if masks else None
-
-
 def _load(ref: Any, index: tuple[Any, Any], *bounds: tuple[jax.Array, Any, int]) -> jax.Array:
     """What lies there, 0 outside the bounds. A size may be known at run time only."""
-    mask = _inside(*bounds)
-    return load(ref.at[index]) if mask is None else load(ref.at[index], mask=mask, other=0.0)
+    return load_masked(ref.at[index], within(*bounds))
 
 
 def _plain_kernel(
@@ -217,7 +210,7 @@ def _tile_kernel(
     count = jnp.minimum(steps, pl.cdiv(width, k) - first)
     total = jax.lax.fori_loop(0, count, step, jnp.zeros(shape, jnp.float32))
     token, expert = first_token + iota(shape, int(turned)), first_expert + iota(shape, 1 - int(turned))
-    mask = _inside((token, num_tokens, m), (expert, num_experts, n))
+    mask = within((token, num_tokens, m), (expert, num_experts, n))
     store(out_ref.at[part * num_tokens + token, expert], total, mask=mask)
 
 

@@ -135,7 +135,8 @@ def laid(matrix: torch.Tensor, num_rows: int) -> tuple[int, int, int, tuple[int,
     rows = rows_for(num_rows, stride, matrix.itemsize)
     if stride == width:
         return width, rows, 0, ()
-    return targets.STRIDE, 1 if rows == 1 else 1 << 14, math.gcd(stride, 16), (stride,)
+    many = 1 if rows == 1 else 1 << 14  # of that length, enough for offsets of 64 bits
+    return targets.STRIDE, many, math.gcd(stride, 16), (stride,)
 
 
 def aligned(*addresses: int) -> bool:
