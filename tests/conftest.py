@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ def pytest_configure() -> None:
     if not has_gpu():
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for what the tests start
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs() -> Iterator[None]:
+    """
+    Without this the suite outgrows Linux's limit on a process' memory maps (vm.max_map_count, 65530): jax keeps each
+    program that it compiled for the CPU, in about four maps, and XLA crashes where it cannot map the next one.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture
