@@ -60,7 +60,9 @@ def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *grouped_matmul_backward(grad.contiguous(), *ctx.saved_tensors), None
+    trained = ctx.needs_input_grad[1]
+    drows, dweight = grouped_matmul_backward(grad.contiguous(), *ctx.saved_tensors, trained)
+    return drows, dweight if trained else None, None
 
 
 grouped_matmul = define(
@@ -73,17 +75,28 @@ grouped_matmul = define(
 )
 
 
-def _matmul_backward_fake(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_of(weight: Tensor, trained: bool) -> Tensor:
+    """Room for it, in the weight's layout; none for a frozen weight."""
+    return torch.empty_like(weight) if trained else weight.new_empty(0)
+
+
+def _matmul_backward_fake(
+    grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor, trained: bool
+) -> tuple[Tensor, Tensor]:
+    """Where not `trained`, nothing is computed for the weight."""
     _check_matmul(rows, weight, group_sizes)
     check("grad", grad, (rows.shape[0], weight.shape[2]), (rows.dtype,))
     check_layout(rows.device, grad=grad)
-    return rows.new_empty(rows.shape), torch.empty_like(weight)
+    return rows.new_empty(rows.shape), gradient_of(weight, trained)
 
 
-def _matmul_backward_native(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    drows, dweight = _matmul_backward_fake(grad, rows, weight, group_sizes)
+def _matmul_backward_native(
+    grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor, trained: bool
+) -> tuple[Tensor, Tensor]:
+    drows, dweight = _matmul_backward_fake(grad, rows, weight, group_sizes, trained)
     native.grouped_matmul(grad, weight.mT, group_sizes, drows)
-    native.grouped_outer(rows, grad, group_sizes, dweight)
+    if trained:
+        native.grouped_outer(rows, grad, group_sizes, dweight)
     return drows, dweight
 
 
@@ -106,16 +119,20 @@ def _transpose_back(gradients: Any, transposed: bool) -> Any:
     return rows, *(weight.mT if transposed else weight for weight in weights)
 
 
-def _matmul_backward_plain(grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    _matmul_backward_fake(grad, rows, weight, group_sizes)
+def _matmul_backward_plain(
+    grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor, trained: bool
+) -> tuple[Tensor, Tensor]:
+    _, frozen = _matmul_backward_fake(grad, rows, weight, group_sizes, trained)
     transposed = native.is_transposed(weight)
     arrays = (rows, weight.mT if transposed else weight)
     arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
-    return _transpose_back(call(_jax_matmul_grad, arguments, {"transposed": transposed}), transposed)
+    drows, dweight = _transpose_back(call(_jax_matmul_grad, arguments, {"transposed": transposed}), transposed)
+    return drows, dweight if trained else frozen
 
 
 grouped_matmul_backward = define(
-    "grouped_matmul_backward(Tensor grad, Tensor rows, Tensor weight, Tensor group_sizes) -> (Tensor, Tensor)",
+    "grouped_matmul_backward(Tensor grad, Tensor rows, Tensor weight, Tensor group_sizes, bool trained)"
+    " -> (Tensor, Tensor)",
     native=_matmul_backward_native,
     plain=_matmul_backward_plain,
     fake=_matmul_backward_fake,
@@ -167,7 +184,9 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation), None, None
+    trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    drows, *stack = experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, trained)
+    return drows, *(stack if trained else (None, None)), None, None
 
 
 experts = define(
@@ -181,18 +200,19 @@ experts = define(
 
 
 def _experts_backward_fake(
-    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Where not `trained`, nothing is computed for gate_up and down."""
     _check_experts(rows, gate_up, down, group_sizes, activation)
     check("grad", grad, tuple(rows.shape), (rows.dtype,))
     check_layout(rows.device, grad=grad)
-    return rows.new_empty(rows.shape), torch.empty_like(gate_up), torch.empty_like(down)
+    return rows.new_empty(rows.shape), gradient_of(gate_up, trained), gradient_of(down, trained)
 
 
 def _experts_backward_native(
-    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    drows, dgate_up, ddown = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation)
+    drows, dgate_up, ddown = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation, trained)
     num_rows, inner = rows.shape[0], down.shape[1]
     # gate and up are computed again: what is saved from the forward pass is its input alone.
     hidden, both = rows.new_empty((num_rows, inner)), rows.new_empty((num_rows, 2 * inner))
@@ -200,25 +220,27 @@ def _experts_backward_native(
     dhidden = torch.empty_like(hidden)
     native.grouped_matmul(grad, down.mT, group_sizes, dhidden)
     native.gated_grad(both, dhidden, activation, both, hidden)  # both is its own gradient from here on
-    native.grouped_outer(hidden, grad, group_sizes, ddown)
     native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
-    native.grouped_outer(rows, both, group_sizes, dgate_up)
+    if trained:
+        native.grouped_outer(hidden, grad, group_sizes, ddown)
+        native.grouped_outer(rows, both, group_sizes, dgate_up)
     return drows, dgate_up, ddown
 
 
 def _experts_backward_plain(
-    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation)
+    _, *frozen = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation, trained)
     arrays, transposed = _as_arrays(rows, gate_up, down)
     arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
     options = {"activation": activation, "transposed": transposed}
-    return _transpose_back(call(_jax_experts_grad, arguments, options), transposed)
+    drows, *stack = _transpose_back(call(_jax_experts_grad, arguments, options), transposed)
+    return drows, *(stack if trained else frozen)
 
 
 experts_backward = define(
-    "experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor group_sizes, str activation)"
-    " -> (Tensor, Tensor, Tensor)",
+    "experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor group_sizes, str activation,"
+    " bool trained) -> (Tensor, Tensor, Tensor)",
     native=_experts_backward_native,
     plain=_experts_backward_plain,
     fake=_experts_backward_fake,

@@ -14,7 +14,7 @@ from bridge.call import call
 from bridge.checks import INT32, check, check_layout, row_stride
 from bridge.native import dispatch as moves
 from bridge.native import experts as native
-from bridge.ops.experts import check_weight
+from bridge.ops.experts import check_weight, gradient_of
 from bridge.ops.library import define
 from jaxmoe import layer
 from jaxmoe.arguments import half
@@ -143,8 +143,8 @@ def _backward_fake(
     check("grad", grad, tuple(x.shape), (x.dtype,))
     check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
     check_layout(x.device, grad=grad, kept=kept)
-    stack = (torch.empty_like(w) if trained else w.new_empty(0) for w in (gate_up, down))
-    return x.new_empty(x.shape), torch.empty_like(weights), next(stack), next(stack)
+    stack = gradient_of(gate_up, trained), gradient_of(down, trained)
+    return x.new_empty(x.shape), torch.empty_like(weights), *stack
 
 
 def _backward_native(

@@ -17,6 +17,7 @@ import torch
 
 import bridge
 from bridge.native import build, cache, dispatch, driver, experts, routing
+from bridge.ops import experts as ops
 from kernels_pallas.targets import TARGETS, Binary
 
 pytest.importorskip("triton")
@@ -297,6 +298,20 @@ def test_every_other_launch(launches: list[Any]) -> None:
         *("router_logits_grad_weight", "plan_dispatch", "dispatch", "combine", "combine_weight_grad"),
         *("gated_matmul", "gated_matmul", "grouped_matmul", "gated_grad", "gated_grad", "grouped_outer"),
     ]
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+def test_frozen_weights_launch_nothing(launches: list[Any], trained: bool) -> None:
+    """A gradient of a weight is a product of its own; a frozen one must not cost it, nor memory."""
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+    rows, gate_up, down, sizes = zeros(8, 64), zeros(3, 64, 96), zeros(3, 48, 64), torch.zeros(3, dtype=torch.int32)
+    _, dweight = ops._matmul_backward_native(zeros(8, 96), rows, gate_up, sizes, trained)
+    _, *stack = ops._experts_backward_native(rows, rows, gate_up, down, sizes, "silu", trained)
+    assert [name for name, _ in launches].count("grouped_outer") == 3 * trained
+    assert [tuple(g.shape) for g in (dweight, *stack)] == (
+        [tuple(w.shape) for w in (gate_up, gate_up, down)] if trained else [(0,)] * 3
+    )
 
 
 def test_the_key_holds_what_matters() -> None:

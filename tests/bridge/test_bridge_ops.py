@@ -66,16 +66,22 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "combine_out": (OPS.combine_out, (normal(M, H), rows, slots, normal(T, 4), empty(T, H))),
         "combine_backward": (OPS.combine_backward, (normal(T, H), normal(M, H), rows, slots, normal(T, 4))),
         "grouped_matmul": (OPS.grouped_matmul, (normal(M, H, grad=True), gate_up, sizes)),
-        "grouped_matmul_backward": (
-            OPS.grouped_matmul_backward,
-            (normal(M, 2 * I), normal(M, H), gate_up.detach(), sizes),
-        ),
+        **{
+            f"grouped_matmul_backward{', frozen' * (not trained)}": (
+                OPS.grouped_matmul_backward,
+                (normal(M, 2 * I), normal(M, H), gate_up.detach(), sizes, trained),
+            )
+            for trained in (True, False)
+        },
         "experts": (OPS.experts, (normal(M, H, grad=True), gate_up, down, sizes, "silu")),
         "experts, transposed": (OPS.experts, (normal(M, H, grad=True), *transposed, sizes, "gelu")),
-        "experts_backward": (
-            OPS.experts_backward,
-            (normal(M, H, seed=1), normal(M, H), gate_up.detach(), down.detach(), sizes, "silu"),
-        ),
+        **{
+            f"experts_backward{', frozen' * (not trained)}": (
+                OPS.experts_backward,
+                (normal(M, H, seed=1), normal(M, H), *stack, sizes, "silu", trained),
+            )
+            for trained in (True, False)
+        },
         "weighted_experts": (
             OPS.weighted_experts,
             (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, True),
@@ -148,6 +154,27 @@ def test_what_is_frozen_gets_no_gradient(frozen: str, monkeypatch: pytest.Monkey
     for tensor in tensors[frozen]:
         tensor.requires_grad_(False)
     for got, wanted in zip(torch.autograd.grad(run(), some), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("op", ["experts", "grouped_matmul"])
+def test_frozen_weights_get_no_gradient(op: str, transposed: bool, frozen: tuple[int, ...]) -> None:
+    """And the others, and the rows, get what they get otherwise."""
+    sizes = plan()[2]
+    leaves = [normal(M, H, grad=True), *(leaf(w) for w in weights(transposed))]
+    if op == "grouped_matmul":
+        run = lambda: OPS.grouped_matmul(*leaves[:2], sizes)
+        leaves = leaves[:2]
+    else:
+        run = lambda: OPS.experts(*leaves, sizes, "silu")
+    some = [t for i, t in enumerate(leaves) if i not in frozen]
+    want = torch.autograd.grad(run().square().sum(), some)
+    for index in frozen:
+        if index < len(leaves):
+            leaves[index].requires_grad_(False)
+    for got, wanted in zip(torch.autograd.grad(run().square().sum(), some), want, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
