@@ -4,6 +4,8 @@
 
 "quick" is the shortest path from the entry to the end, that of a token whose order is sure; "all" is the whole program,
 the exact search included (a loop in it counts once). Needs triton, which brings the disassembler.
+
+Then, for random tokens, how many of them take which path: logits N(0, 1) in bfloat16; biases 0.1 N(0, 1), or all equal.
 """
 
 from __future__ import annotations
@@ -13,8 +15,18 @@ import re
 import subprocess
 import tempfile
 
+import jax
+import jax.numpy as jnp
+
+import jaxmoe
+from jaxmoe.config import rule_for
 from kernels_pallas.catalogue import CATALOGUE
+from kernels_pallas.launch import next_power_of_2
+from kernels_pallas.route import config_for, quick_choice
 from kernels_pallas.targets import compile_kernel
+
+MODELS = ("deepseek-v3", "kimi-k2", "kimi-k3", "glm-4.5", "deepseek-v2", "qwen3-next")
+TOKENS = 40_000
 
 
 def disassembled(cubin: bytes) -> tuple[list[str], dict[str, int]]:
@@ -55,14 +67,48 @@ def shortest(code: list[str], labels: dict[str, int]) -> int:
     raise RuntimeError("no instruction that ends the program was reached")
 
 
+def shares(model: str, scale: float) -> tuple[float, float, float]:
+    """Of random tokens: those whose order is sure; those of whose picks it alone is open; those done again."""
+    config = jaxmoe.presets[model]
+    has_bias = config.scoring_func == "sigmoid"
+    rule = rule_for(config, has_bias)
+    bias = jax.random.normal(jax.random.key(1), (rule.num_experts,)) * scale
+
+    def read(values: jax.Array, expert: jax.Array, mask: jax.Array | None) -> jax.Array:
+        found = values[jnp.clip(expert, 0, rule.num_experts - 1)].astype(jnp.float32)
+        return found if mask is None else jnp.where(mask, found, 0.0)
+
+    def search(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = quick_choice(
+            lambda expert, mask: read(logits, expert, mask),
+            (lambda expert, mask: read(bias, expert, mask)) if has_bias else None,
+            (2, 4),
+            rule,
+            config_for(rule, "cuda"),
+            next_power_of_2(rule.num_slots),
+        )
+        assert found.sure is not None, f"no quick search for {model}"
+        return found.sure, found.sure if found.members_sure is None else found.members_sure
+
+    # Drawn in float32: in bfloat16 jax draws from few values, and most would be equal.
+    logits = jax.random.normal(jax.random.key(0), (TOKENS, rule.num_experts)).astype(jnp.bfloat16)
+    sure, members = jax.jit(lambda logits: jax.lax.map(search, logits, batch_size=400))(logits)
+    return float(sure.mean()), float((members & ~sure).mean()), float((~members).mean())
+
+
 def main() -> None:
-    """Prints the counts."""
+    """Prints the counts, then the shares."""
     print(f"{'sm_90':64}{'quick':>7}{'all':>7}")
     for entry in CATALOGUE:
         if entry.kernels == ("route",):
             (kernel,) = entry.lower("sm_90")
             code, labels = disassembled(compile_kernel(kernel, "sm_90").asm["cubin"])
             print(f"{entry.name:64}{shortest(code, labels):7}{len(code):7}", flush=True)
+    print(f"{'percent of random tokens':64}{'quick':>8}{'order':>8}{'exact':>8}")
+    for model in MODELS:
+        for scale in (0.1, 0.0) if jaxmoe.presets[model].scoring_func == "sigmoid" else (0.0,):
+            line = "".join(f"{100 * share:8.2f}" for share in shares(model, scale))
+            print(f"{model + ', biases' * (scale > 0):64}{line}", flush=True)
 
 
 if __name__ == "__main__":

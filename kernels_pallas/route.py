@@ -3,24 +3,24 @@
 One warp handles a token: nothing depends on how many there are. Its experts lie on the lanes (`Layout`), and what is
 done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
 enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
-(`select.quick_top_k`). Such a token (with random logits and a small bias one of DeepSeek-V3's in 200, one of Kimi-K3's
-in 30), and one with a NaN or an infinity, is done again by `_exact_choice`. Either way the order is that of scores to
-the last bits. The weights are computed from the chosen logits, loaded again by id: k of them instead of E.
+(`select.quick_top_k`). Where only the order of the chosen is in doubt, they alone are compared again, by scores to the
+last bits; otherwise, as with a NaN or an infinity, the token is done again by `_exact_choice`. Either way the order is
+that of scores to the last bits. `python -m benchmarks.instructions` says how often. The weights are computed from the
+chosen logits, loaded again by id: k of them instead of E.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load_masked, next_power_of_2, store
+from kernels_pallas.layout import Layout, Load, divmod_by
 from kernels_pallas.score import (
     EXCLUDED,
     INFINITY,
@@ -35,7 +35,7 @@ from kernels_pallas.score import (
     score,
     unscaled_weights,
 )
-from kernels_pallas.select import RANGE, UNKNOWN, Groups, keep_groups, quick_top_k, top_k
+from kernels_pallas.select import RANGE, UNKNOWN, Groups, in_order, keep_groups, quick_top_k, top_k
 
 # Steps of float32 (2**-24 of a number) by which two quick scores may be further apart than the scores: twice 87 for the
 # rounding of the exponent that still gives a normal number, and what exponential, reciprocal and sums add.
@@ -49,8 +49,6 @@ assert 8 * RANGE == SUM_MARGIN
 LEAST = 0x2B800000  # the bits of 2**-40: quick scores below 2**-63 are 0, which no share of a pick must be near
 MOST = 0x71800000  # the bits of 2**100: no sum of two is infinite where the same is not
 SCORE_ERROR = {"sigmoid": 2.5, "sqrtsoftplus": 3.0, "softmax": 6.0}
-
-Load = Callable[[jax.Array, "jax.Array | None"], jax.Array]  # (expert ids, mask) -> float32
 
 
 @dataclass(frozen=True)
@@ -113,80 +111,6 @@ def config_for(rule: Rule, target: str) -> Config:
     return Config(num_warps=1, lanes=64 if target == "rocm" else 32)
 
 
-def _divmod(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
-    """divmod of what is not negative."""
-    return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A token's experts on the lanes of a warp: each group on a run of lanes, neighbours in the columns of a lane."""
-
-    lanes: int
-    n_group: int
-    size: int  # of a group
-
-    @property
-    def runs(self) -> int:
-        return next_power_of_2(self.n_group)
-
-    @property
-    def run(self) -> int:
-        return self.lanes // self.runs
-
-    @property
-    def columns(self) -> int:
-        return -(-self.size // self.run)
-
-    @property
-    def full(self) -> bool:
-        return self.n_group == self.runs and self.columns * self.run == self.size
-
-    def first(self) -> jax.Array:
-        """Each lane's first expert [lanes]."""
-        group, lane = _divmod(iota((self.lanes,), 0), self.run)
-        return group * self.size + lane * self.columns
-
-    def count(self) -> jax.Array:
-        """How many experts each lane has [lanes]; not positive if none."""
-        group, lane = _divmod(iota((self.lanes,), 0), self.run)
-        return jnp.where(group < self.n_group, self.size - lane * self.columns, 0)
-
-    def expert(self, place: jax.Array) -> jax.Array:
-        """The expert at lane * next_power_of_2(columns) + column."""
-        width = next_power_of_2(self.columns)
-        if self.size == self.run * width:
-            return place
-        lane, column = _divmod(place, width)
-        group, lane = _divmod(lane, self.run)
-        return group * self.size + lane * self.columns + column
-
-    def load(self, load_at: Load, itemsize: int) -> list[jax.Array]:
-        """[lanes] for each column. A load takes as many columns as lie on an address that is a multiple of as many."""
-        width = min(self.columns & -self.columns, 16 // itemsize)
-        first, count, found = self.first()[:, None], self.count()[:, None], []
-        for start in range(0, self.columns, width):
-            column = start + iota((self.lanes, width), 1)
-            tile = load_at(first + column, None if self.full else column < count)
-            parts = jnp.split(tile, width, axis=1) if width > 1 else [tile]
-            found += [part.reshape(self.lanes) for part in parts]
-        return found
-
-    def mask(self, columns: list[jax.Array], other: Any) -> list[jax.Array]:
-        """`columns` with `other` where there is no expert."""
-        if self.full:
-            return columns
-        count = self.count()
-        return [jnp.where(c < count, column, other) for c, column in enumerate(columns)]
-
-    def depth(self, rule: Rule, picks: int) -> int:
-        """How many of a lane's experts to sort: so many that at random one token in 150 has more picks in a lane."""
-        lanes, depth = self.lanes * rule.topk_group // rule.n_group if rule.grouped else self.lanes, 1
-        while depth < self.columns and 150 * math.comb(picks, depth + 1) > lanes**depth:
-            depth += 1
-        return depth
-
-
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
     return load_masked(ref, mask).astype(jnp.float32)
 
@@ -198,6 +122,15 @@ def _keys_of_logits(xs: list[jax.Array], spare: bool) -> list[jax.Array]:
     keys = [bits ^ (jax.lax.shift_right_arithmetic(bits, jnp.int32(31)) & flipped) for bits in map(float_bits, xs)]
     total = functools.reduce(jnp.add, xs)
     return [jnp.where(total != total, UNKNOWN, keys[0]), *keys[1:]]
+
+
+def _choices(x: jax.Array, bias: jax.Array | None, rule: Rule, row_max: jax.Array, row_sum: jax.Array) -> jax.Array:
+    """The choices of logits as keys, to the last bits."""
+    if rule.by_logit(bias is not None):
+        return encode(plus_zero(x))
+    softmax = rule.scoring_func == "softmax"
+    choice = jnp.exp(x - row_max) / row_sum if softmax else score(x, rule.scoring_func)
+    return encode(choice if bias is None else choice + bias)
 
 
 def _exact_choice(
@@ -213,29 +146,41 @@ def _exact_choice(
         # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
         seen = jnp.max(jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf))
         row_sum = row_sum + jnp.where(jnp.abs(seen) == jnp.inf, jnp.float32(jnp.nan), jnp.float32(0.0))
-        key = jnp.where(row_sum[:, None] != row_sum[:, None], NAN_KEY, encode(plus_zero(x)))
-    else:
-        softmax = rule.scoring_func == "softmax"
-        choice = jnp.exp(x - row_max[:, None]) / row_sum[:, None] if softmax else score(x, rule.scoring_func)
-        key = encode(choice if load_bias is None else choice + load_bias(expert, is_expert))
+    bias = None if load_bias is None else load_bias(expert, is_expert)
+    key = _choices(x, bias, rule, row_max[:, None], row_sum[:, None])
+    if rule.by_logit(load_bias is not None):
+        key = jnp.where(row_sum[:, None] != row_sum[:, None], NAN_KEY, key)
     key = jnp.where(is_expert, key, EXCLUDED)
     if rule.grouped:
         key = keep_groups(key, n_group, rule.topk_group, rule.top2)
     place = top_k(key.reshape(tile[0] * tile[1]), rule.top_k, slots)
-    group, member = _divmod(place, tile[1])
+    group, member = divmod_by(place, tile[1])
     return group * size + member, row_sum
 
 
-def _choice(
+class Found(NamedTuple):
+    """What the quick search says of a token."""
+
+    ids: jax.Array  # [slots]
+    sure: jax.Array | None  # ids are those of the chosen experts, in order; None: there was no search
+    members_sure: jax.Array | None  # they are, in some order; None where that says no more
+    row_max: jax.Array  # [1]; this and row_sum [1] are what softmax's weights need of the row
+    row_sum: jax.Array
+
+
+def quick_choice(
     load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids [slots], row_max [1], row_sum [1]): the chosen experts, and what softmax's weights need of the others."""
+) -> Found:
+    """The chosen experts, if scores good to a few more bits than bfloat16's decide.
+
+    itemsizes: the bytes of a logit and of a bias in memory.
+    """
     softmax, by_logit = rule.scoring_func == "softmax", rule.by_logit(load_bias is not None)
     spare = by_logit and itemsizes[0] == 2  # 16 bits leave 13 bits of a float32 zero: a place fits in
     picks = rule.top_k + (not spare)
     layout = Layout(config.lanes, *rule.groups)
-    quick = layout.runs <= layout.lanes and picks <= layout.size * (rule.topk_group if rule.grouped else 1)
-    if not quick:
+    possible = layout.runs <= layout.lanes and picks <= layout.size * (rule.topk_group if rule.grouped else 1)
+    if not possible:
         layout = Layout(config.lanes, 1, rule.num_experts)
 
     xs = layout.load(load_logits, itemsizes[0])
@@ -245,10 +190,8 @@ def _choice(
         row_max = decode(jnp.max(encode(functools.reduce(jnp.maximum, low))))[None]
         exps = [quick_exp(x - row_max) for x in low]
         row_sum = jnp.sum(functools.reduce(jnp.add, exps), keepdims=True)
-    exact = lambda: _exact_choice(load_logits, load_bias, rule, slots, row_max, row_sum)
-    if not quick:
-        ids, row_sum = exact()
-        return ids, row_max, row_sum
+    if not possible:
+        return Found(jnp.zeros((slots,), jnp.int32), None, None, row_max, row_sum)
 
     summed: jax.Array | None = None
     if by_logit:
@@ -271,18 +214,38 @@ def _choice(
             elif rule.scoring_func != "sigmoid":
                 largest = decode(jnp.max(float_bits(functools.reduce(jnp.maximum, scores))))
             summed = 0.25 * jnp.abs(first) + SCORE_ERROR[rule.scoring_func] * largest
-    place, sure = quick_top_k(
+    place, sure, members_sure = quick_top_k(
         layout.mask(keys, EXCLUDED),
         rule.top_k,
         slots,
         groups=Groups(layout.runs, rule.n_group, rule.topk_group, rule.top2) if rule.grouped else None,
-        depth=layout.depth(rule, picks),
+        depth=layout.depth(picks, rule.topk_group if rule.grouped else 1),
         margin=None if spare else 0 if by_logit else MARGIN if load_bias is None else SUM_MARGIN,
         least=-INFINITY if by_logit else LEAST,
         most=INFINITY if summed is None else MOST,
         summed=summed,
     )
-    ids, row_sum = jax.lax.cond(sure, lambda: (layout.expert(place), row_sum), exact)
+    return Found(layout.expert(place), sure, None if spare else members_sure, row_max, row_sum)
+
+
+def _choice(
+    load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids [slots], row_max [1], row_sum [1]): the chosen experts, and what softmax's weights need of the others."""
+    ids, sure, members_sure, row_max, row_sum = quick_choice(load_logits, load_bias, itemsizes, rule, config, slots)
+
+    def exact() -> tuple[jax.Array, jax.Array]:
+        return _exact_choice(load_logits, load_bias, rule, slots, row_max, row_sum)
+
+    def in_order_again() -> tuple[jax.Array, jax.Array]:
+        is_pick = iota((slots,), 0) < rule.top_k
+        bias = None if load_bias is None else load_bias(ids, is_pick)
+        return in_order(ids, _choices(load_logits(ids, is_pick), bias, rule, row_max, row_sum), is_pick), row_sum
+
+    def otherwise() -> tuple[jax.Array, jax.Array]:
+        return exact() if members_sure is None else jax.lax.cond(members_sure, in_order_again, exact)
+
+    ids, row_sum = exact() if sure is None else jax.lax.cond(sure, lambda: (ids, row_sum), otherwise)
     return ids, row_max, row_sum
 
 

@@ -73,6 +73,15 @@ def top_k(key: jax.Array, k: int, num_slots: int) -> jax.Array:
     return jax.lax.fori_loop(0, k, step, (key, jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
+def in_order(place: jax.Array, key: jax.Array, is_pick: jax.Array) -> jax.Array:
+    """The picks' places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
+    key = jnp.where(is_pick, key, EXCLUDED)
+    ahead = (key[:, None] > key) | ((key[:, None] == key) & (place[:, None] < place))
+    rank = jnp.sum(ahead & is_pick[:, None], axis=0, dtype=jnp.int32)
+    here = (iota(ahead.shape, 0) == rank) & is_pick
+    return jnp.sum(jnp.where(here, place, 0), axis=1, dtype=jnp.int32)
+
+
 @dataclass(frozen=True)
 class Groups:
     """Lanes in `runs` equal runs, a group each: the first `n_group` count, and the best `topk_group` of them stay."""
@@ -94,8 +103,8 @@ def quick_top_k(
     least: int,
     most: int = INFINITY,
     summed: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Places [num_slots] of the k largest keys in falling order, and whether they are sure to be right.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Places [num_slots] of the k largest keys in falling order; whether that is sure; whether the set of them is.
 
     keys: a tensor [lanes] for each column; the place of a key is lane * next_power_of_2(columns) + column.
 
@@ -104,9 +113,10 @@ def quick_top_k(
     that was, a sum over the lanes tells, and whether there were two. Where groups compare their best, their lanes are
     told apart by bits too; where bits are free (`margin` None: the low ones are known to decide nothing), all lanes.
 
-    The result is not sure where two keys that had to be told apart differ by no more than `margin` and what was given
-    up, where more than `depth` picks fall on one lane, since only so many of each are sorted, and where a pick, or the
-    score of a group that stays, is below `least`, or `most` or above, as infinities and NaN are.
+    It is not sure where two keys that had to be told apart differ by no more than `margin` and what was given up; among
+    the picks that leaves open their order alone. Nor is it sure where `depth` picks fall on one lane before the last
+    pick, since only so many of each are sorted, and where a pick, or the score of a group that stays, is below `least`,
+    or `most` or above, as infinities and NaN are.
 
     `summed`: keys are the bits of sums that, as the caller defines them, are rounded at up to this much more than the
     largest pick. `margin` steps of a pick hold that rounding unless the pick is far smaller: then it is not sure.
@@ -121,6 +131,7 @@ def quick_top_k(
 
     gap = 0 if margin is None else mask + margin  # up to which keys may be as they are for want of bits alone
     highest, lowest, signs = [], [], []  # sure: they are within limits, and nothing in signs is negative
+    order: list[jax.Array] = []  # the same of the picks' order
     if groups is not None:
         score = _group_scores(columns, groups)
         tops, _ = _picks([score], groups.topk_group + 1, end=EXCLUDED)
@@ -137,7 +148,9 @@ def quick_top_k(
     sure = (functools.reduce(jnp.maximum, [*highest, tops[0], tops[-1]]) < most) & (low >= least)
     if gap:
         # Signs, not the least difference: that of a positive and a negative key may be 2**31 and more, and wraps.
-        signs += [a - b - (gap + 1) for a, b in itertools.pairwise(tops)]
+        # A lane that ran out has its last key picked again, to the end: so the last of these differences tells, too.
+        *order, after_last = (a - b - (gap + 1) for a, b in itertools.pairwise(tops))
+        signs.append(after_last)
     if signs:
         sure = sure & (functools.reduce(operator.or_, signs) >= 0)
     if summed is not None:
@@ -148,7 +161,10 @@ def quick_top_k(
         owners = owners[:k]
         sure = sure & (functools.reduce(jnp.maximum, owners) < 2 * lanes)
         found = (_by_slot(owners, slot) & (lanes - 1)) * width + (found & (width - 1))
-    return found, sure
+    members = sure
+    if order:
+        sure = sure & (functools.reduce(operator.or_, order) >= 0)
+    return found, sure, members
 
 
 def _float(bits: jax.Array) -> jax.Array:

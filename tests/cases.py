@@ -111,6 +111,12 @@ CASES = [
     Case("the same in groups by maximum, negative", C(num_experts=96, top_k=5, n_group=6, topk_group=2, scoring_func="softmax"),
          bias=None,
          logits=lambda t, e: -3.0 - jnp.asarray(np.random.default_rng(13).permuted(np.tile(np.arange(e), (t, 1)), axis=1), F32) * 2.0**-22),
+    Case("picks a few units in the last place apart, all others far: their order alone is open",
+         C(num_experts=96, top_k=8), bias_values=lambda e: jnp.zeros(e, F32),
+         logits=lambda t, e: jnp.asarray(np.random.default_rng(14).permuted(np.tile(np.where(
+             np.arange(e) < 8, 1.0 + np.arange(e) * 2.0**-18, np.arange(e) / e - 2.0), (t, 1)), axis=1), F32)),
+    Case("equal biases, as when training starts: logits in bfloat16 tie", C(num_experts=160, top_k=8), dtype=BF16,
+         bias_values=lambda e: jnp.full(e, 0.5, F32)),
     Case("zeros of either sign tie", C(num_experts=8, top_k=4, scoring_func="softmax"), bias=None,
          logits=lambda t, e: jnp.where(jnp.arange(e) % 2 == 0, -0.0, 0.0) * jnp.ones((t, 1), F32)),
     Case("negative choices: dropped groups are not 0 but out (SGLang #3705)", SMALL,

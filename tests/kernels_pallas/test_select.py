@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,12 @@ def test_top_k(n: int, k: int) -> None:
 
 def quick(
     key: np.ndarray, k: int, *, depth: int = 32, margin: int | None = 0, groups: select.Groups | None = None
-) -> tuple[np.ndarray, bool]:
+) -> tuple[np.ndarray, bool, bool]:
     """Of key [lanes, columns], a power of two of them: a place is a position in it."""
     slots = 1 << (k - 1).bit_length()
     columns = [jnp.asarray(column) for column in key.T]
-    place, sure = select.quick_top_k(columns, k, slots, groups=groups, depth=depth, margin=margin, least=0)
-    return np.asarray(place)[:k], bool(sure)
+    place, sure, members = select.quick_top_k(columns, k, slots, groups=groups, depth=depth, margin=margin, least=0)
+    return np.asarray(place)[:k], bool(sure), bool(members)
 
 
 def positive(seed: int, *shape: int) -> np.ndarray:
@@ -59,15 +60,21 @@ def test_quick_top_k(columns: int, k: int, depth: int, lanes: int) -> None:
     sure = 0
     for seed in range(40):
         key = positive(seed, lanes, columns)
-        place, certain = quick(key, k, depth=depth)
+        place, certain, members = quick(key, k, depth=depth)
         if certain:
             sure += 1
             np.testing.assert_array_equal(place, falling(key.ravel(), k))
+        if members:
+            assert set(place) == set(falling(key.ravel(), k))
+        assert members >= certain
     assert sure >= 16
 
 
 def test_what_is_not_sure() -> None:
-    """A tie, a difference within the margin, too many on a lane, and what is no number or negative."""
+    """A tie, a difference within the margin, too many on a lane, and what is no number or negative.
+
+    Where only the order of the picks is open, they are sure to be the picks.
+    """
     base = 0x3F000000 + (np.arange(128, dtype=np.int32).reshape(32, 4) << 14)
     assert quick(base, 4)[1]
     assert quick(base, 4)[0].tolist() == [127, 126, 125, 124]
@@ -79,16 +86,37 @@ def test_what_is_not_sure() -> None:
         return key
 
     top = int(base.max())
-    assert not quick(changed(_3=top), 4)[1]  # with the first
-    assert not quick(changed(_3=int(base.ravel()[124])), 4)[1]  # the last pick and the one after it
-    assert quick(changed(_3=int(base.ravel()[100])), 4)[1]  # further down
-    assert not quick(base, 4, margin=1 << 14)[1]
-    assert not quick(base, 4, depth=3)[1]
-    assert quick(base, 2, depth=3)[1]
-    assert not quick(changed(_3=0x7FC00000), 4)[1]
-    assert not quick(changed(_3=score.INFINITY), 4)[1]
-    assert quick(changed(_3=-5), 4)[1]
-    assert not quick(np.where(base < base.ravel()[125], -5, base), 4)[1]
+    nothing, members, order = (False, False), (False, True), (True, True)
+
+    def sure(*args: Any, **kwargs: Any) -> tuple[bool, bool]:
+        return quick(*args, **kwargs)[1:]
+
+    assert sure(changed(_2=top), 4) == members  # as large as the first
+    assert set(quick(changed(_2=top), 4)[0]) == {2, 127, 126, 125}
+    assert sure(changed(_3=top), 4) == nothing  # and in its column: keys that nothing tells apart
+    assert sure(changed(_1=int(base.ravel()[125])), 4) == nothing  # the last pick and the one after it
+    assert sure(changed(_3=int(base.ravel()[100])), 4) == order  # further down
+    assert sure(base, 4, margin=1 << 14) == nothing  # all are too close, the last pick and the next, too
+    assert sure(np.where(base < base.ravel()[124], base >> 1, base), 4, margin=1 << 14) == members
+    assert sure(base, 4, depth=3) == nothing
+    assert sure(np.where(base < base.ravel()[124], base >> 1, base), 4, depth=3, margin=1 << 14) == nothing
+    assert sure(base, 2, depth=3) == order
+    assert sure(base, 3, depth=3) == nothing  # the next might be the lane's
+    assert sure(changed(_3=0x7FC00000), 4) == nothing
+    assert sure(changed(_3=score.INFINITY), 4) == nothing
+    assert sure(changed(_3=-5), 4) == order
+    assert sure(np.where(base < base.ravel()[125], -5, base), 4) == nothing
+
+
+def test_in_order() -> None:
+    """Every order of four keys, ties among them; a tie goes to the lower place; slots that hold no pick are zeros."""
+    place = jnp.asarray([9, 2, 7, 4, 7, 0, 1, 1])
+    is_pick = jnp.arange(8) < 4
+    again = jax.jit(lambda key: select.in_order(place, key, is_pick))
+    for values in itertools.product([-5, 0, score.NAN_KEY, 2**31 - 1], repeat=4):
+        found = again(jnp.asarray([*values, 2**31 - 1, 0, 1, 1], jnp.int32))
+        want = sorted(range(4), key=lambda i: (-values[i], place[i]))
+        assert found.tolist() == [*(int(place[i]) for i in want), 0, 0, 0, 0]
 
 
 def test_low_bits_that_decide_are_not_spare() -> None:
@@ -97,7 +125,7 @@ def test_low_bits_that_decide_are_not_spare() -> None:
     assert quick(key, 4, margin=None)[0].tolist() != [63, 62, 61, 60]
     assert quick(key << 6, 4, margin=None)[0].tolist() == [63, 62, 61, 60]
     tied = np.full((32, 2), 1 << 20, np.int32)
-    place, sure = quick(tied, 4, margin=None)
+    place, sure, _ = quick(tied, 4, margin=None)
     assert sure
     assert place.tolist() == [0, 1, 2, 3]
 
@@ -111,7 +139,7 @@ def test_quick_groups(runs: int, n_group: int, topk_group: int, top2: bool) -> N
         by_group = key.reshape(runs, -1)
         by_group[n_group:] = score.EXCLUDED
         kept = np.asarray(select.keep_groups(jnp.asarray(by_group), n_group, topk_group, top2))
-        place, certain = quick(key, 4, groups=groups)
+        place, certain, _ = quick(key, 4, groups=groups)
         if certain:
             sure += 1
             np.testing.assert_array_equal(place, falling(kept.ravel(), 4))
