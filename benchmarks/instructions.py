@@ -68,7 +68,7 @@ def shortest(code: list[str], labels: dict[str, int]) -> int:
 
 
 def shares(model: str, scale: float) -> tuple[float, float, float]:
-    """Of random tokens: those whose order is sure; those of whose picks it alone is open; those done again."""
+    """Of random tokens: those that are sure; those whose picks are sure, but not their order; those done again."""
     config = jaxmoe.presets[model]
     has_bias = config.scoring_func == "sigmoid"
     rule = rule_for(config, has_bias)
@@ -108,7 +108,7 @@ def main() -> None:
     for model in MODELS:
         for scale in (0.1, 0.0) if jaxmoe.presets[model].scoring_func == "sigmoid" else (0.0,):
             line = "".join(f"{100 * share:8.2f}" for share in shares(model, scale))
-            print(f"{model + ', biases' * (scale > 0):64}{line}", flush=True)
+            print(f"{model + (', biases' if scale else ', none or equal ones'):64}{line}", flush=True)
 
 
 if __name__ == "__main__":

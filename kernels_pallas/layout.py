@@ -83,11 +83,12 @@ class Layout:
     def depth(self, picks: int, groups: int) -> int:
         """How many of a lane's experts to sort: so many that one token in 2000 needs to know of more.
 
-        As many picks on one lane, and another one to come, are enough for that: the next may be the lane's, too. It is
-        reckoned for `picks` at random from this many groups; a bias, which makes some experts likely, can triple it.
+        Once all that were sorted are picked, nobody knows what comes behind them, so it matters whether `depth` of all
+        picks but the last share a lane. `sets` is how many sets of that many are expected to, if `picks` are random
+        among the experts of this many groups. A bias, which makes some experts likely, can triple it.
         """
-        experts, depth, odds = self.size * groups, 1, picks - 1.0  # so many on one lane, without the last pick
-        while depth < self.columns and 2000 * odds > 1:
-            odds *= (picks - 1 - depth) / (depth + 1) * (self.columns - depth) / max(experts - depth, 1)
+        experts, depth, sets = self.size * groups, 1, picks - 1.0
+        while depth < self.columns and 2000 * sets > 1:
+            sets *= (picks - 1 - depth) / (depth + 1) * (self.columns - depth) / max(experts - depth, 1)
             depth += 1
         return depth

@@ -162,8 +162,8 @@ class Found(NamedTuple):
     """What the quick search says of a token."""
 
     ids: jax.Array  # [slots]
-    sure: jax.Array | None  # ids are those of the chosen experts, in order; None: there was no search
-    members_sure: jax.Array | None  # they are, in some order; None where that says no more
+    sure: jax.Array | None  # ids are those of the chosen experts, in order; None: no search was possible
+    members_sure: jax.Array | None  # they are, in some order; None where it would be `sure`
     row_max: jax.Array  # [1]; this and row_sum [1] are what softmax's weights need of the row
     row_sum: jax.Array
 
@@ -171,7 +171,7 @@ class Found(NamedTuple):
 def quick_choice(
     load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
 ) -> Found:
-    """The chosen experts, if scores good to a few more bits than bfloat16's decide.
+    """The chosen experts by scores good to 17 bits, and whether these are enough to tell.
 
     itemsizes: the bytes of a logit and of a bias in memory.
     """

@@ -2,7 +2,7 @@
 
 Keys are int32 that compare as the choices do; Triton turns an integer maximum across a warp into one `redux`
 instruction. `keep_groups` and `top_k` are exact for every key. `quick_top_k` costs a third, and says whether it can be
-trusted; where it cannot, the exact search has to follow.
+trusted; where the set of picks can, but not their order, `in_order` has to follow, and otherwise the exact search.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def quick_top_k(
     that was, a sum over the lanes tells, and whether there were two. Where groups compare their best, their lanes are
     told apart by bits too; where bits are free (`margin` None: the low ones are known to decide nothing), all lanes.
 
-    It is not sure where two keys that had to be told apart differ by no more than `margin` and what was given up; among
-    the picks that leaves open their order alone. Nor is it sure where `depth` picks fall on one lane before the last
-    pick, since only so many of each are sorted, and where a pick, or the score of a group that stays, is below `least`,
-    or `most` or above, as infinities and NaN are.
+    It is not sure where two keys that had to be told apart differ by no more than `margin` and what was given up. If
+    both are picks, the set may be sure all the same, unless their bits and columns are equal. Nor is it sure where
+    `depth` picks fall on one lane, since only so many of each are sorted (with `margin` None, before the last pick), or
+    where a pick, or the score of a group that stays, is below `least`, or `most` or above, as infinities and NaN are.
 
     `summed`: keys are the bits of sums that, as the caller defines them, are rounded at up to this much more than the
     largest pick. `margin` steps of a pick hold that rounding unless the pick is far smaller: then it is not sure.
@@ -129,7 +129,10 @@ def quick_top_k(
     cleared = keys if by_bits else [key & ~mask for key in keys]
     columns = _best_of_lane([key | (last - c) for c, key in enumerate(cleared)], depth)
 
-    gap = 0 if margin is None else mask + margin  # up to which keys may be as they are for want of bits alone
+    gap = 0  # up to which keys may be as they are for want of bits alone
+    if margin is not None:
+        # What is left of a key is a multiple of mask + 1: a difference counts for no more than the one below it.
+        gap = mask - (-margin // (mask + 1)) * (mask + 1)
     highest, lowest, signs = [], [], []  # sure: they are within limits, and nothing in signs is negative
     order: list[jax.Array] = []  # the same of the picks' order
     if groups is not None:
@@ -148,7 +151,7 @@ def quick_top_k(
     sure = (functools.reduce(jnp.maximum, [*highest, tops[0], tops[-1]]) < most) & (low >= least)
     if gap:
         # Signs, not the least difference: that of a positive and a negative key may be 2**31 and more, and wraps.
-        # A lane that ran out has its last key picked again, to the end: so the last of these differences tells, too.
+        # The last key of a lane that ran out is picked again and again: then the last of these differences is 0.
         *order, after_last = (a - b - (gap + 1) for a, b in itertools.pairwise(tops))
         signs.append(after_last)
     if signs:

@@ -83,7 +83,7 @@ def gradient_of(weight: Tensor, trained: bool) -> Tensor:
 def _matmul_backward_fake(
     grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor, trained: bool
 ) -> tuple[Tensor, Tensor]:
-    """Where not `trained`, nothing is computed for the weight."""
+    """Where not `trained`, no gradient of the weight is returned, nor computed on a GPU."""
     _check_matmul(rows, weight, group_sizes)
     check("grad", grad, (rows.shape[0], weight.shape[2]), (rows.dtype,))
     check_layout(rows.device, grad=grad)
@@ -202,7 +202,7 @@ experts = define(
 def _experts_backward_fake(
     grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where not `trained`, nothing is computed for gate_up and down."""
+    """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
     _check_experts(rows, gate_up, down, group_sizes, activation)
     check("grad", grad, tuple(rows.shape), (rows.dtype,))
     check_layout(rows.device, grad=grad)

@@ -138,7 +138,7 @@ def _backward_fake(
     kept: Tensor,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where not `trained`, nothing is computed for gate_up and down."""
+    """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
     check("grad", grad, tuple(x.shape), (x.dtype,))
     check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))

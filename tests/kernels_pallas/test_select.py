@@ -70,6 +70,45 @@ def test_quick_top_k(columns: int, k: int, depth: int, lanes: int) -> None:
     assert sure >= 16
 
 
+@pytest.mark.parametrize("groups", [None, select.Groups(2, 2, 1, False), select.Groups(8, 8, 4, False)], ids=str)
+@pytest.mark.parametrize("margin", [0, 5, 96, 256])
+@pytest.mark.parametrize("columns", [2, 16, 64])
+def test_what_sure_means(columns: int, margin: int, groups: select.Groups | None) -> None:
+    """Among keys that are close: sure picks are more than the margin apart, and all others further below than that."""
+    k, count, rng = 3, 400, np.random.default_rng(columns + margin)
+    step = margin + 32 * columns  # more than what a key gives up
+    size = (count, 14)
+    jumps = np.where(
+        rng.random(size) < 0.3, rng.integers(0, margin + 2 * columns, size), rng.integers(0, 4 * step, size)
+    )
+    keys = np.full((count, 32 * columns), 0x3E000000, np.int32)
+    keys[:, : size[1]] = 0x3F000000 + np.cumsum(jumps, axis=1)
+    keys = rng.permuted(keys, axis=1).reshape(count, 32, columns)
+
+    def search(key: jax.Array) -> tuple[jax.Array, ...]:
+        return select.quick_top_k(list(key.T), k, 4, groups=groups, depth=columns, margin=margin, least=0)
+
+    places, sure, members = (np.asarray(found) for found in jax.jit(jax.vmap(search))(keys))
+    assert (sure <= members).all()
+    assert 20 < sure.sum() < members.sum() < 380, "some of each"
+    for key, place in zip(keys[members], places[members], strict=True):
+        kept = key.astype(np.int64)
+        if groups is not None:
+            by_group = kept.reshape(groups.runs, -1)
+            order = falling(by_group.max(axis=1), groups.runs)
+            stays, goes = by_group[order].max(axis=1)[groups.topk_group - 1 :][:2]
+            assert stays - goes > margin
+            by_group[order[groups.topk_group :]] = 0
+        top = falling(kept.ravel(), k + 1)
+        assert set(place[:k]) == set(top[:k])
+        assert np.diff(kept.ravel()[top])[-1] < -margin
+    if groups is None:
+        for key, place in zip(keys[sure], places[sure], strict=True):
+            top = falling(key.ravel(), k + 1)
+            assert place[:k].tolist() == top[:k].tolist()
+            assert (np.diff(key.ravel()[top].astype(np.int64)) < -margin).all()
+
+
 def test_what_is_not_sure() -> None:
     """A tie, a difference within the margin, too many on a lane, and what is no number or negative.
 
@@ -139,10 +178,12 @@ def test_quick_groups(runs: int, n_group: int, topk_group: int, top2: bool) -> N
         by_group = key.reshape(runs, -1)
         by_group[n_group:] = score.EXCLUDED
         kept = np.asarray(select.keep_groups(jnp.asarray(by_group), n_group, topk_group, top2))
-        place, certain, _ = quick(key, 4, groups=groups)
+        place, certain, members = quick(key, 4, groups=groups)
         if certain:
             sure += 1
             np.testing.assert_array_equal(place, falling(kept.ravel(), 4))
+        if members:
+            assert set(place) == set(falling(kept.ravel(), 4))
     assert sure >= 30
 
 
