@@ -41,7 +41,9 @@ def free_compiled_programs() -> Iterator[None]:
     yield
     import jax
 
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:  # one module makes as many at most
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_quick_top_k(columns: int, k: int, depth: int, lanes: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [None, select.Groups(2, 2, 1, False), select.Groups(8, 8, 4, False)], ids=str)
-@pytest.mark.parametrize("margin", [0, 5, 96, 256])
+@pytest.mark.parametrize("margin", [5, 96])
 @pytest.mark.parametrize("columns", [2, 16, 64])
 def test_what_sure_means(columns: int, margin: int, groups: select.Groups | None) -> None:
     """Among keys that are close: sure picks are more than the margin apart, and all others further below than that."""
