@@ -75,7 +75,6 @@ def top_k(key: jax.Array, k: int, num_slots: int) -> jax.Array:
 
 def in_order(place: jax.Array, key: jax.Array, is_pick: jax.Array) -> jax.Array:
     """The picks' places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
-    key = jnp.where(is_pick, key, EXCLUDED)
     ahead = (key[:, None] > key) | ((key[:, None] == key) & (place[:, None] < place))
     rank = jnp.sum(ahead & is_pick[:, None], axis=0, dtype=jnp.int32)
     here = (iota(ahead.shape, 0) == rank) & is_pick
