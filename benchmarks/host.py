@@ -76,11 +76,12 @@ def measure() -> dict[str, Any]:
     out = bridge.Routing(torch.empty(64, 8, device="cuda"), torch.empty(64, 8, device="cuda", dtype=torch.int32), None)
     text, weights, experts = config.json, out.weights, out.experts
     op = torch.ops.jaxmoe.route_out.default
-    kernel = native._route(text, logits.dtype, bias.dtype, None, False, 256, 1, True, logits.get_device())
+    kernel = native._route(text, logits.dtype, bias.dtype, None, False, 256, 1, 0, True, logits.get_device())
+    addresses = logits.data_ptr(), bias.data_ptr(), 64, 1, weights.data_ptr(), experts.data_ptr()
     with torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {
             "torch.add(out=)": lambda: torch.add(weights, weights, out=weights),
-            "launch": lambda: kernel(64, 1, logits.data_ptr(), bias.data_ptr(), weights.data_ptr(), experts.data_ptr()),
+            "launch": lambda: kernel(64, 1, *addresses),
             "torch.ops.jaxmoe.route_out": lambda: op(logits, bias, None, None, text, weights, experts, None),
             "bridge.route(out=)": lambda: bridge.route(logits, bias, config=config, return_load=False, out=out),
             "bridge.route": lambda: bridge.route(logits, bias, config=config, return_load=False),

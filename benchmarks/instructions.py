@@ -84,7 +84,7 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
             (lambda expert, mask: read(bias, expert, mask)) if has_bias else None,
             (2, 4),
             rule,
-            config_for(rule, "cuda"),
+            config_for("cuda"),
             next_power_of_2(rule.num_slots),
         )
         assert found.sure is not None, f"no quick search for {model}"

@@ -4,7 +4,8 @@
 #     benchmarks/on_a_gpu.sh tests|sanitize|bench|tiles|layers|endurance [OUT]
 #
 # OUT (default: $OUT, or ./gpu_output) gets the logs and results. Where .peers/peers.tar.xz lies in the repository, as
-# pack_peers.sh makes it, the peers' kernels are unpacked from there; else installed packages are taken, or none.
+# pack_peers.sh makes it, the peers' kernels are unpacked from there (and wheels beside it installed, such as pytest-xdist);
+# else installed packages are taken, or none.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?tests, sanitize, bench, tiles, layers or endurance}
@@ -15,20 +16,19 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 note="peers as installed"
 if [ -f .peers/peers.tar.xz ] && [ ! -d /tmp/peers ]; then
     mkdir -p /tmp/peers && tar xJf .peers/peers.tar.xz -C /tmp/peers
-    python3 -m pip install -q --no-index --no-deps --target /tmp/peers/site /tmp/peers/wheels/*.whl
+    python3 -m pip install -q --no-index --no-deps --target /tmp/peers/site /tmp/peers/wheels/*.whl $(ls .peers/*.whl 2>/dev/null)
 fi
 if [ -d /tmp/peers ]; then
     export PYTHONPATH=/tmp/peers/flashinfer:/tmp/peers/site:/tmp/peers
     note="peers packed by pack_peers.sh"
 fi
+jobs=() # a test waits for the CPU that compiles its kernels, so several go at once where pytest-xdist is there
+if python3 -c "import xdist" 2>/dev/null; then jobs=(-n 8 --dist worksteal -p no:benchmark); fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 case $part in
 tests)
-    # The kernels first: what is wrong there makes everything after it fail.
-    python3 -m pytest -q --maxfail=30 tests/gpu/test_scale_gpu.py tests/gpu/test_native_gpu.py 2>&1 | tee "$out/kernels.log" | tail -15
-    python3 -m pytest -q --maxfail=30 tests/gpu --ignore=tests/gpu/test_scale_gpu.py --ignore=tests/gpu/test_native_gpu.py 2>&1 |
-        tee "$out/others.log" | tail -15
+    timeout 580 python3 -m pytest -q "${jobs[@]}" --maxfail=40 --durations=20 tests/gpu 2>&1 | tee "$out/tests.log" | tail -60
     ;;
 sanitize)
     for tool in memcheck racecheck; do
