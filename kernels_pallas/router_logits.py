@@ -174,9 +174,11 @@ def _add_dot(total: jax.Array, a: jax.Array, b: jax.Array, kind: str) -> jax.Arr
     if kind == "tensor":
         return total + dot(a, b)
     if kind == "parts":
-        for part in _parts(a):  # the first one's product begins while the others are made
-            total = total + dot(part, b)
-        return total
+        # The parts' sum is added by itself, which waits for its products. Into `total` the last one would still run,
+        # from registers, when the next step makes its parts in them: NaN on an H100 that has several programs a
+        # multiprocessor (triton 3.6).
+        first, *others = (dot(part, b) for part in _parts(a))
+        return total + functools.reduce(jnp.add, others, first)
     return total + dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
