@@ -17,26 +17,32 @@ from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 class Config:
     columns: int  # of one program
     num_warps: int
+    by_token: bool = False  # a token's columns one after another: better where rows come from memory, not the cache
 
 
-def config_for(width: int, dtype: Any, target: str) -> Config:
+def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     del target
     # One warp, 16 bytes a lane: measured on an H100, ahead of wider tiles at every number of tokens.
-    return Config(columns=min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize), num_warps=1)
+    columns = min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize)
+    return Config(columns=columns, num_warps=1, by_token=num_tokens > 512)
 
 
 def grid_for(num_tokens: int, width: int, config: Config) -> tuple[int, int]:
     """The programs of the launch."""
-    return num_tokens, pl.cdiv(width, config.columns)
+    tiles = pl.cdiv(width, config.columns)
+    return (num_tokens * tiles, 1) if config.by_token else (num_tokens, tiles)
 
 
 def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool) -> None:
     x_ref, rows_ref, *rest = refs
     weights_ref = rest[0] if has_weights else None
     out_ref = rest[-1]
-    token = pl.program_id(0)
-    col = pl.program_id(1) * config.columns + iota((config.columns,), 0)
+    token, tile = pl.program_id(0), pl.program_id(1)
+    if config.by_token:
+        tiles = pl.cdiv(width, config.columns)
+        token, tile = token // tiles, token % tiles
+    col = tile * config.columns + iota((config.columns,), 0)
     in_row = col < width
     total = jnp.zeros((config.columns,), jnp.float32)
     for slot in range(num_slots):
@@ -69,7 +75,7 @@ def combine(
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
-    config = config or config_for(width, x.dtype, target)
+    config = config or config_for(num_tokens, width, x.dtype, target)
     args = [x, rows, *([] if weights is None else [weights])]
     kernel = functools.partial(
         _combine_kernel, config=config, num_slots=num_slots, width=width, column=column, has_weights=weights is not None
@@ -120,7 +126,7 @@ def combine_weight_grad(
     """dtype [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
     num_tokens, num_slots = rows.shape
     width = dy.shape[1]
-    config = config or config_for(width, x.dtype, target)
+    config = config or config_for(num_tokens, width, x.dtype, target)
     return launch(
         functools.partial(_dot_kernel, config=config, num_slots=num_slots, width=width, column=column),
         x,

@@ -145,6 +145,7 @@ def _combine(
     rows: int,
     divisor: int,
     tokens: int,
+    config: combine_kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
@@ -157,6 +158,7 @@ def _combine(
         rows=shape(INT32, tokens, num_slots),
         weights=None if weights is None else shape(weights, tokens, num_slots),
         width=width,
+        config=config,
     )[0]
 
 
@@ -171,6 +173,7 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
         ins.append(weights.data_ptr())
     into = out.data_ptr()
     stride, many, divisor, distance = laid(x, num_rows)
+    config = combine_kernels.config_for(num_tokens, width, JAX_DTYPES[x.dtype], _platform())
     kernel = _combine(
         x.dtype,
         None if weights is None else weights.dtype,
@@ -180,10 +183,10 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
         many,
         divisor,
         rows_for(num_tokens, width, out.itemsize),
+        config,
         aligned(*ins, into),
         x.get_device(),
     )
-    config = combine_kernels.config_for(width, JAX_DTYPES[x.dtype], _platform())
     kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, *distance, into)
 
 
