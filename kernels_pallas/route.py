@@ -103,12 +103,20 @@ class Rule:
 class Config:
     num_warps: int
     lanes: int  # of a warp
+    few: int = 8192  # tokens: up to so many a program takes one, up to twice as many two, and of more three
 
 
-def config_for(rule: Rule, target: str) -> Config:
+def config_for(target: str) -> Config:
     """How to share out a token's experts on this target ("cuda" or "rocm")."""
-    del rule
     return Config(num_warps=1, lanes=64 if target == "rocm" else 32)
+
+
+def share_for(num_tokens: int, config: Config) -> int:
+    """How many tokens a program takes, one after another.
+
+    A GPU begins 1.6 programs a nanosecond (H100), slower than it routes; but programs that take long end unevenly.
+    """
+    return min(3, pl.cdiv(num_tokens, config.few))
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
@@ -257,6 +265,8 @@ def _route_kernel(
     has_bias: bool,
     has_valid: bool,
     aliased: int,
+    num_tokens: Any,
+    share: Any,
     num_valid_tokens: Any = None,
 ) -> None:
     refs_in = iter(refs)
@@ -267,46 +277,50 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    row = pl.program_id(0)
     slots = next_power_of_2(rule.num_slots)
-
-    def load_logits(expert: jax.Array, mask: jax.Array | None) -> jax.Array:
-        return _load(logits_ref.at[row, column + expert], mask)
-
     load_bias: Load | None = None
     itemsizes = (logits_ref.dtype.itemsize, 0)
     if bias_ref is not None:
         load_bias = lambda expert, mask: _load(bias_ref.at[expert], mask)
         itemsizes = (itemsizes[0], bias_ref.dtype.itemsize)
-    ids, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots)
-
-    slot = iota((slots,), 0)
-    routed = slot < rule.top_k
-    weights = rule.scale * unscaled_weights(
-        load_logits(ids, routed),
-        routed,
-        scoring_func=rule.scoring_func,
-        renormalize=rule.renormalize,
-        row_max=row_max,
-        row_sum=row_sum,
-    )
-    if rule.n_shared:
-        shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + row % rule.replicas
-        ids = jnp.where(routed, ids, shared)
-        weights = jnp.where(routed, weights, rule.shared_weight)
     if valid_ref is not None:
         num_valid_tokens = valid_ref[0]
-    if num_valid_tokens is not None:
-        is_valid = row < num_valid_tokens
-        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
-    written = slot < rule.num_slots
-    store(weights_ref.at[row, slot], weights, mask=written)
-    store(experts_ref.at[row, slot], ids, mask=written)
+
+    def of_token(row: jax.Array) -> None:
+        def load_logits(expert: jax.Array, mask: jax.Array | None) -> jax.Array:
+            return _load(logits_ref.at[row, column + expert], mask)
+
+        ids, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots)
+        slot = iota((slots,), 0)
+        routed = slot < rule.top_k
+        weights = rule.scale * unscaled_weights(
+            load_logits(ids, routed),
+            routed,
+            scoring_func=rule.scoring_func,
+            renormalize=rule.renormalize,
+            row_max=row_max,
+            row_sum=row_sum,
+        )
+        if rule.n_shared:
+            shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + row % rule.replicas
+            ids = jnp.where(routed, ids, shared)
+            weights = jnp.where(routed, weights, rule.shared_weight)
+        if num_valid_tokens is not None:
+            is_valid = row < num_valid_tokens
+            ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+        written = slot < rule.num_slots
+        store(weights_ref.at[row, slot], weights, mask=written)
+        store(experts_ref.at[row, slot], ids, mask=written)
+
+    program = pl.program_id(0)
+    first = program * share
+    tokens = jnp.minimum(share, num_tokens - first)
+    jax.lax.fori_loop(0, tokens, lambda i, _: of_token(first + i), None)
 
     if load_ref:  # cleared here for the launch that counts
         ids_padded = next_power_of_2(rule.num_ids)
         index = iota((ids_padded,), 0)
-        clear = (index < rule.num_ids) & (row == 0)
+        clear = (index < rule.num_ids) & (program == 0)
         store(load_ref[0].at[index], jnp.zeros((ids_padded,), jnp.int32), mask=clear)
 
 
@@ -331,7 +345,7 @@ def route(
     """
     num_tokens = logits.shape[0]
     if config is None:
-        config = config_for(rule, target)
+        config = config_for(target)
     valid = None if isinstance(num_valid_tokens, int) else num_valid_tokens
     args = [logits, *([] if bias is None else [bias]), *([] if valid is None else [valid])]
     out = out or ()
@@ -339,6 +353,10 @@ def route(
     out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
     if clear_load:
         out_shape.append(jax.ShapeDtypeStruct((rule.num_ids,), jnp.int32))
+    share = share_for(num_tokens, config)
+    sizes = {"num_tokens": num_tokens, "share": share}
+    if isinstance(num_valid_tokens, int):
+        sizes["num_valid_tokens"] = num_valid_tokens
     kernel = functools.partial(
         _route_kernel,
         rule=rule,
@@ -353,8 +371,8 @@ def route(
         *args,
         *out,
         name="route",
-        grid=(num_tokens,),
-        sizes={"num_valid_tokens": num_valid_tokens} if isinstance(num_valid_tokens, int) else {},
+        grid=(pl.cdiv(num_tokens, share),),
+        sizes=sizes,
         out_shape=out_shape,
         num_warps=config.num_warps,
         aliases={len(args) + i: i for i in range(len(out))},

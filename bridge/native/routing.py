@@ -51,6 +51,11 @@ def _route(
     )[0]
 
 
+@functools.cache
+def _config() -> route_kernels.Config:
+    return route_kernels.config_for(_platform())
+
+
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -74,12 +79,14 @@ def route(
         outs.append(load.data_ptr())
     is_aligned = aligned(*ins, *outs)
     count_from = None
+    share = route_kernels.share_for(num_tokens, _config())
+    sizes = [num_tokens, share]
     if valid is not None:
         count_from = "tensor"
         ins.append(valid.data_ptr())  # one number, read by itself: it may lie anywhere
     elif number is not None:
         count_from = "number"
-        ins.append(number)
+        sizes.append(number)
     dtype, device = logits.dtype, logits.get_device()
     stride, rows, divisor, distance = laid(logits, num_tokens)
     kernel = _route(
@@ -94,7 +101,7 @@ def route(
         is_aligned,
         device,
     )
-    kernel(num_tokens, 1, *ins, *distance, *outs)
+    kernel(-(-num_tokens // share), 1, *ins, *sizes, *distance, *outs)
     if load is not None:
         _count(experts, load, device)
 
@@ -134,13 +141,14 @@ def route_at_once(
     ):
         return False
     a, b, c, written = logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), 4 * tokens * num_slots
+    share = route_kernels.share_for(tokens, _config())
     a_end, b_end, c_end = a + logits.nbytes, b + written, c + written
     if (a | b | c) % ALIGNMENT or not (
         (a_end <= b or b_end <= a) and (a_end <= c or c_end <= a) and (b_end <= c or c_end <= b)
     ):
         return False
     if bias is None:
-        kernel(tokens, 1, a, b, c)
+        kernel(-(-tokens // share), 1, a, tokens, share, b, c)
         return True
     d = bias.data_ptr()
     d_end = d + bias.nbytes
@@ -153,7 +161,7 @@ def route_at_once(
         or not ((d_end <= b or b_end <= d) and (d_end <= c or c_end <= d))
     ):
         return False
-    kernel(tokens, 1, a, d, b, c)
+    kernel(-(-tokens // share), 1, a, d, tokens, share, b, c)
     return True
 
 
