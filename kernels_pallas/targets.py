@@ -55,6 +55,20 @@ TARGETS = {
 
 
 ALIGNED = " {tt.divisibility = 32 : i32}"  # what Pallas says of every pointer
+# Waits until the launches before are done; and a launch of few programs lets the one behind begin to wait at once (each
+# program that says so takes half a nanosecond, and many take longer than is gained).
+_ASM = '%{0} = tt.elementwise_inline_asm "griddepcontrol.{0}; // $0"'
+_ASM += ' {{constraints = "=r", packed_element = 1 : i32, pure = false}} -> i32'
+WAITING = f"""    {_ASM.format("wait")}
+    %programs_x = tt.get_num_programs x : i32
+    %programs_y = tt.get_num_programs y : i32
+    %programs = arith.muli %programs_x, %programs_y : i32
+    %few = arith.constant 512 : i32
+    %are_few = arith.cmpi sle, %programs, %few : i32
+    scf.if %are_few {{
+      {_ASM.format("launch_dependents")}
+    }}
+"""
 STRIDE = 1299709  # stands for a distance of rows that is passed at the launch: a prime, which nothing else is
 
 
@@ -69,6 +83,18 @@ class Lowered:
     num_stages: int
     sizes: tuple[str, ...] = ()  # int32 arguments between the arrays that go in and those that come out
     outputs: int = 0  # which argument is the first of those
+    dependent: bool = False  # it waits for the launch before, see below
+
+    def waiting(self) -> Lowered:
+        """The same as a dependent launch (CUDA from sm_90 on): it may be started before what precedes it is done.
+
+        Before anything else it waits for that, so nothing changes but when the GPU begins to launch: the microsecond
+        that a launch takes passes while the one before runs. Launched in the ordinary way it does not wait.
+        """
+        ttir, count = re.subn(r"( *tt\.func public @[^\n]*\{\n)", lambda found: found[1] + WAITING, self.ttir)
+        if count != 1:
+            raise RuntimeError(f"{self.name}: this jax ({jax.__version__}) writes functions otherwise than expected")
+        return dataclasses.replace(self, ttir=ttir, dependent=True)
 
     def unaligned(self) -> Lowered:
         """The same for arrays that may begin anywhere; as it is, the kernel counts on multiples of 32 bytes."""
@@ -117,6 +143,7 @@ class Binary:
     own: str  # the arguments it is passed, in struct's letters: "Q" an address, "i" an int32
     arguments: str  # and those that triton adds behind them, null
     sizes: tuple[str, ...]
+    dependent: bool = False  # to be launched as `Lowered.waiting` says
 
 
 def target_for(name: str, shared_bytes: int | None = None) -> Target:
@@ -133,6 +160,11 @@ def target_for(name: str, shared_bytes: int | None = None) -> Target:
     kind = cuda[max(older)]
     arch = int(name.removeprefix("sm_"))
     return dataclasses.replace(kind, name=name, arch=arch, shared_bytes=shared_bytes or kind.shared_bytes)
+
+
+def waits(target: Target) -> bool:
+    """Whether kernels for this target can be `Lowered.waiting`."""
+    return target.platform == "cuda" and int(target.arch) >= 90
 
 
 def custom_call_target() -> str:
@@ -279,7 +311,7 @@ def binary(kernel: Lowered, compiled: Any) -> Binary:
             f"{kernel.name}: triton made arguments {arguments!r} of {own!r}, with {scratch} bytes of scratch memory"
         )
     threads = metadata.num_warps * metadata.target.warp_size
-    return Binary(metadata.name, code, threads, metadata.shared, own, arguments, kernel.sizes)
+    return Binary(metadata.name, code, threads, metadata.shared, own, arguments, kernel.sizes, kernel.dependent)
 
 
 def report(compiled: Any) -> Report:

@@ -108,6 +108,8 @@ def build(
         lowered = lowered if is_aligned else [kernel.unaligned() for kernel in lowered]
         if divisor:
             lowered[0] = lowered[0].with_stride(divisor)
+        if targets.waits(target):
+            lowered = [kernel.waiting() for kernel in lowered]
         binaries = [targets.binary(kernel, targets.compile_kernel(kernel, target)) for kernel in lowered]
         cache.store(key, binaries)
     kernels = [Kernel(binary, device) for binary in binaries]

@@ -33,8 +33,10 @@ _RELAXED = 2
 observers: list[Callable[[str, tuple[int, int]], None]] = []
 
 # How a launch lies in memory: the grid, the block and the shared memory as CUDA's launch configuration begins, then
-# the stream and no attributes; then the kernel's arguments.
+# the stream and attributes, one or none; then the kernel's arguments.
 _LAUNCH = "7I4xQQI4x"
+# CUDA's attribute "programmatic stream serialization", allowed: what `targets.Lowered.waiting` makes kernels for.
+_DEPENDENT = struct.pack("@I4xI60x", 6, 1)
 _BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # the same numbers in CUDA and HIP, but for where the list ends
 
 
@@ -121,6 +123,8 @@ class Kernel:
         self._launch = self._launch_hip if self._driver.hip else self._launch_cuda
         self._cuda = (c_void_p(start), self._function, None, c_void_p(ctypes.addressof(self._extra)))
         self._call = self._driver.launch
+        self._attribute = ctypes.create_string_buffer(_DEPENDENT, len(_DEPENDENT))
+        self._attributes = (ctypes.addressof(self._attribute), 1) if binary.dependent else (0, 0)
         self._lock = threading.Lock()  # of the memory, which the driver reads before it returns
 
     def __call__(self, x: int, y: int, *arguments: int) -> None:
@@ -139,7 +143,7 @@ class Kernel:
             for observe in observers:
                 observe(self.name, (x, y))
         with self._lock:
-            self._pack_into(self._memory, 0, x, y, *self._block, _raw_stream(device), 0, 0, *arguments)
+            self._pack_into(self._memory, 0, x, y, *self._block, _raw_stream(device), *self._attributes, *arguments)
             status = self._launch()
             if status == _NO_CONTEXT:
                 self._driver.enter(device)

@@ -6,6 +6,7 @@ instruction together have waited for one another, as the collective instructions
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Code:
     def __init__(self, text: str, shared_bytes: int, seed: int = 1) -> None:
         self.kernel: Kernel = parse(text)
         self.shared_bytes = shared_bytes
+        self._check_wait()
         translator = Translator(self.kernel, seed)
         self.guards = [guard(self.kernel, instruction) for instruction in self.kernel.code]
         self.jumps = [self._jump(instruction) for instruction in self.kernel.code]
@@ -35,6 +37,14 @@ class Code:
             for instruction, jump in zip(self.kernel.code, self.jumps, strict=True)
         ]
         self.meeting = set(self.kernel.labels.values())
+
+    def _check_wait(self) -> None:
+        """A kernel that waits for the launch before does so before it touches memory that others share."""
+        names = [instruction.name for instruction in self.kernel.code]
+        if "griddepcontrol.wait" in names:
+            for name in names[: names.index("griddepcontrol.wait")]:
+                if re.match(r"(ld|st|atom|red|bra|cp)\b(?!\.param)", name):
+                    raise Fault(f"{name} before the wait for the launch before")
 
     def _jump(self, instruction: Instruction) -> int | None:
         """Where a branch leads; None for any other instruction."""

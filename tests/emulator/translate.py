@@ -43,6 +43,10 @@ class Translator(Collective):
         write, function = self.write(result), found.function
         return lambda state, lanes: write(state, function(*[read(state, lanes) for read in reads]), lanes)
 
+    def _griddepcontrol(self, instruction: Instruction) -> Step:
+        """What orders launches; here one ends before the next begins, and `machine.Code` looks at the place."""
+        return lambda state, lanes: None
+
     def _mov(self, instruction: Instruction) -> Step | None:
         to, source = instruction.operands
         kind = instruction.name.split(".")[1]
