@@ -1,86 +1,158 @@
 """Runs every kernel on small, ragged shapes, forward and backward: the program to put under compute-sanitizer.
 
-compute-sanitizer --tool memcheck python -m benchmarks.sanitize
-compute-sanitizer --tool racecheck python -m benchmarks.sanitize
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+    compute-sanitizer --tool racecheck python -m benchmarks.sanitize
+
+The kernels are launched from torch. jax keeps to the CPU, where it computes what has to come out: with jax's runtime on
+the GPU compute-sanitizer itself crashes.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import torch
 
-import jaxmoe
+import bridge
+from benchmarks.operation import expect
+from bridge.native import driver
+from kernels_pallas.catalogue import CATALOGUE
 
-CONFIG = jaxmoe.RoutingConfig(
+Tensor = torch.Tensor
+F32, BF16, INT32 = torch.float32, torch.bfloat16, torch.int32
+GROUPED = bridge.RoutingConfig(
     num_experts=72, top_k=5, n_group=9, topk_group=4, n_shared_experts=1, routed_scaling_factor=2.5
 )
-WIDTH, INNER = 100, 36
+SOFTMAX = bridge.RoutingConfig(num_experts=60, top_k=4, scoring_func="softmax", renormalize=False)
+FEW = bridge.RoutingConfig(num_experts=12, top_k=2)
+WIDTH, INNER = 104, 40
 
 
-def _normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+def _random(device: str, seed: int, *sizes: int, dtype: torch.dtype = F32, shift: int = 0) -> Tensor:
+    """Normal numbers; with a shift they do not begin at a multiple of 32 bytes."""
+    values = torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    shift = shift if device != "cpu" else 0  # jax takes none there
+    flat = torch.zeros(values.numel() + shift, dtype=dtype, device=device)
+    flat[shift:] = values.flatten().to(device)
+    return flat[shift:].view(sizes)
 
 
-def step(tokens: int, implementation: str) -> Any:
-    """The layer of parts, padded to 4 rows, with the gradients of tokens and router."""
-    x, router, bias = _normal(0, tokens, WIDTH).astype(jnp.bfloat16), _normal(1, 72, WIDTH), _normal(2, 72) * 0.1
-
-    def loss(x: jax.Array, router: jax.Array) -> tuple[jax.Array, Any]:
-        logits = jaxmoe.router_logits(x, router, implementation=implementation)
-        valid = max(tokens - 2, 1)
-        routing = jaxmoe.route(logits, bias, config=CONFIG, num_valid_tokens=valid, implementation=implementation)
-        plan = jaxmoe.plan_dispatch(routing.experts, CONFIG.num_expert_ids, align=4, implementation=implementation)
-        rows = jaxmoe.dispatch(x, plan, implementation=implementation)
-        y = jaxmoe.combine(rows, plan, routing.weights, implementation=implementation)
-        return jnp.sum(y.astype(jnp.float32) ** 2), (routing, plan, rows)
-
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, router)
+def _ids(device: str, seed: int, *sizes: int, low: int, high: int) -> Tensor:
+    ids = torch.randint(low, high, sizes, generator=torch.Generator().manual_seed(seed), dtype=INT32)
+    return ids.to(device)
 
 
-def layer(tokens: int, implementation: str) -> Any:
-    """The whole layer, experts included, with the gradients of tokens and weights."""
-    ids, bf16 = CONFIG.num_expert_ids, jnp.bfloat16
-    gate_up, down = _normal(3, ids, WIDTH, 2 * INNER).astype(bf16) / 10, _normal(4, ids, INNER, WIDTH).astype(bf16) / 6
-    router, bias = _normal(1, 72, WIDTH), _normal(2, 72) * 0.1
-
-    def loss(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        params = jaxmoe.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down)
-        y, _ = jaxmoe.moe(x, params, CONFIG, implementation=implementation)
-        return jnp.sum(y.astype(jnp.float32) ** 2)
-
-    return jax.value_and_grad(loss, argnums=(0, 1, 2))(_normal(0, tokens, WIDTH).astype(bf16), gate_up, down)
+def _with_gradients(value: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [value, *torch.autograd.grad(value.float().square().sum(), inputs)]
 
 
-def router_gradients() -> None:
-    """The router's gradients as kernels, which torch alone takes."""
-    import torch
+def route(
+    device: str,
+    config: bridge.RoutingConfig,
+    tokens: int,
+    *,
+    ties: bool = False,
+    strided: bool = False,
+    count: Any = None,
+) -> list[Tensor]:
+    """Weights, ids, load, and the gradient of the logits."""
+    wide = _random(device, 0, tokens, config.num_experts + 8 * strided, dtype=BF16, shift=int(ties))
+    logits = (wide.round() if ties else wide)[:, 8 * strided :].requires_grad_()
+    bias = None if config is SOFTMAX else _random(device, 1, config.num_experts) * 0.1
+    if isinstance(count, str):
+        count = torch.tensor(tokens - 1, dtype=INT32, device=device)
+    routing = bridge.route(logits, bias, config=config, num_valid_tokens=count)
+    assert routing.load is not None
+    return [routing.experts, routing.load, *_with_gradients(routing.weights, logits)]
 
-    import bridge
 
-    x = torch.randn(37, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(72, WIDTH, device="cuda", requires_grad=True)
-    got = torch.autograd.grad(bridge.router_logits(x, weight).square().sum(), (x, weight))
-    want = torch.autograd.grad((x.float() @ weight.T).square().sum(), (x, weight))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-1)
+def router(device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int) -> list[Tensor]:
+    """The product and its gradients."""
+    x = _random(device, 2, tokens, WIDTH, dtype=x_dtype).requires_grad_()
+    weight = (_random(device, 3, 72, WIDTH) * WIDTH**-0.5).to(weight_dtype).requires_grad_()
+    return _with_gradients(bridge.router_logits(x, weight), x, weight)
 
 
-def main() -> int:
-    """Returns 0 where every result also agrees with the reference."""
-    # One token, few, and so many that router_logits and the plan take other kernels.
-    for run, tokens in ((step, 1), (step, 3), (step, 37), (step, 300), (layer, 37)):
-        results = [run(tokens, implementation) for implementation in ("pallas", "xla")]
-        for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
-            tolerance = 0.0 if jnp.issubdtype(a.dtype, jnp.integer) else 3e-2
-            scale = max(1.0, float(np.abs(np.asarray(b, np.float64)).max(initial=0.0)))
-            got, want = (np.asarray(value, np.float64) / scale for value in (a, b))
-            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance / 10)
-        print(f"{run.__name__} of {tokens} tokens agrees with the reference", flush=True)
-    router_gradients()
-    print("every kernel ran, and agrees with the reference")
+def moved(
+    device: str, tokens: int, slots: int, align: int, *, mapped: bool = False, width: int = WIDTH
+) -> list[Tensor]:
+    """A plan, dispatch and combine, with the gradients of tokens and weights."""
+    ids = _ids(device, 4, tokens, slots, low=-1, high=75)  # some are dropped
+    expert_map = _ids(device, 5, 73, low=-1, high=9) if mapped else None
+    plan = bridge.plan_dispatch(ids, 9 if mapped else 73, align=align, expert_map=expert_map)
+    x = _random(device, 6, tokens, width, dtype=BF16, shift=int(mapped)).requires_grad_()
+    weights = _random(device, 7, tokens, slots).requires_grad_()
+    rows = bridge.dispatch(x, plan)
+    return [*plan, rows, *_with_gradients(bridge.combine(rows, plan, weights), x, weights)]
+
+
+def experts(device: str, dtype: torch.dtype, rows: int, activation: str, *, transposed: bool) -> list[Tensor]:
+    """The experts and a grouped product, with all gradients; rows behind the last group, and an expert without any."""
+    sizes = torch.tensor([rows // 3, 0, 1, rows // 2], dtype=INT32, device=device)
+    x = _random(device, 8, rows, WIDTH, dtype=dtype).requires_grad_()
+    gate_up = (_random(device, 9, 4, WIDTH, 2 * INNER) / 10).to(dtype)
+    down = (_random(device, 10, 4, INNER, WIDTH) / 6).to(dtype)
+    if transposed:
+        gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
+    gate_up.requires_grad_()
+    down.requires_grad_()
+    y = bridge.experts(x, gate_up, down, sizes, activation=activation)
+    product = bridge.grouped_matmul(x, gate_up, sizes)
+    return [*_with_gradients(y, x, gate_up, down), *_with_gradients(product, x, gate_up)]
+
+
+def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
+    """(what runs, the function of a device that runs it)."""
+    for tokens in (1, 3, 37):
+        yield f"route, groups, {tokens} tokens", functools.partial(route, config=GROUPED, tokens=tokens, count=tokens)
+    yield "route, ties, strided", functools.partial(route, config=GROUPED, tokens=37, ties=True, strided=True)
+    yield "route, count on the GPU", functools.partial(route, config=GROUPED, tokens=9, count="tensor")
+    yield "route, softmax", functools.partial(route, config=SOFTMAX, tokens=37)
+    yield "route, several tokens a program", functools.partial(route, config=FEW, tokens=16390)
+    for x, weight in ((BF16, BF16), (BF16, F32), (F32, F32)):
+        for tokens in (1, 7, 37, 300):
+            yield (
+                f"router, {x} by {weight}, {tokens} tokens",
+                functools.partial(router, x_dtype=x, weight_dtype=weight, tokens=tokens),
+            )
+    for tokens, slots, align in ((1, 5, 1), (37, 5, 1), (1, 5, 4), (37, 5, 64), (700, 5, 1), (300, 5, 4), (9000, 4, 4)):
+        yield (
+            f"{tokens} x {slots} pairs, align {align}",
+            functools.partial(moved, tokens=tokens, slots=slots, align=align, width=8 if tokens > 1000 else WIDTH),
+        )
+    yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
+    yield "experts, many rows", functools.partial(experts, dtype=BF16, rows=600, activation="silu", transposed=False)
+    yield "experts, few rows", functools.partial(experts, dtype=BF16, rows=37, activation="gelu_tanh", transposed=True)
+    yield "experts, float32", functools.partial(experts, dtype=F32, rows=37, activation="gelu", transposed=False)
+
+
+def check(got: list[Tensor], want: list[Tensor], name: str) -> None:
+    """Integers exactly; numbers to what bfloat16 keeps of the largest."""
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        a = a.detach().cpu()
+        expect(a.shape == b.shape and a.dtype == b.dtype, f"{name}: result {i} is {a.dtype} {list(a.shape)}")
+        if not a.is_floating_point():
+            expect(torch.equal(a, b), f"{name}: integers of result {i}")
+            continue
+        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        error = float((a.double() - b.double()).abs().max()) / scale if b.numel() else 0.0
+        expect(error < 1e-2, f"{name}: result {i} is off by {error:.1e} of the largest")
+
+
+def main(device: str = "cuda") -> int:
+    """Returns 0 where every kernel ran, and every result agrees with the reference."""
+    jax.config.update("jax_platforms", "cpu")
+    launched: set[str] = set()
+    driver.observers.append(lambda name, grid: launched.add(name))
+    for name, run in parts():
+        check(run(device), [tensor.detach() for tensor in run("cpu")], name)
+        print(f"{name}: agrees with the reference", flush=True)
+    missing = {kernel for entry in CATALOGUE for kernel in entry.kernels} - launched
+    expect(not missing, f"never launched: {sorted(missing)}")
+    print(f"all {len(launched)} kernels ran, and agree with the reference")
     return 0
 
 
