@@ -37,15 +37,22 @@ class Config:
     block: int  # pairs that a program gives their rows; with one launch others give half as many experts their sizes
     chunks: int  # at most; 0: one launch
     num_warps: int
+    counted: int = 128  # pairs at once, where one launch aligns
 
 
 def config_for(num_items: int, num_experts: int, align: int, target: str) -> Config:
     """Which way and tile to use for these shapes on this target ("cuda" or "rocm")."""
     del num_experts
     num_warps = 2 if target == "rocm" else 4  # 128 threads, as many as a strip has pairs
-    if num_items <= (4096 if align == 1 else 1024):  # with padding every program counts all pairs
-        return Config(block=8 if num_items <= 1024 else 32, chunks=0, num_warps=num_warps)
-    return Config(block=128 if num_items <= 16384 else 256, chunks=32, num_warps=num_warps)
+    if align == 1 and num_items <= 3072:
+        return Config(block=8, chunks=0, num_warps=num_warps)
+    if num_items <= 64:
+        return Config(block=4, chunks=0, num_warps=num_warps, counted=32)
+    if num_items <= 512:  # with padding every program counts all pairs
+        return Config(block=8, chunks=0, num_warps=num_warps, counted=256)
+    if num_items <= 32768:
+        return Config(block=128 if num_items <= 16384 else 256, chunks=32, num_warps=num_warps)
+    return Config(block=512, chunks=64, num_warps=num_warps)
 
 
 def num_rows(num_items: int, num_experts: int, align: int) -> int:
@@ -94,12 +101,12 @@ def _minus_less(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _tally(total: jax.Array, expert: jax.Array) -> jax.Array:
-    """Adds a strip of pairs to the counts of experts: total [n, LOW], that of expert i * LOW + j at (i, j).
+    """Adds pairs to the counts of experts: total [n, LOW], that of expert i * LOW + j at (i, j).
 
     One product of matrices of 0 and 1, the pairs' high digits by their low ones: tensor cores count.
     """
-    high = (expert // LOW)[None, :] == iota((total.shape[0], STRIP), 0)
-    low = (expert & (LOW - 1))[None, :] == iota((LOW, STRIP), 0)
+    high = (expert // LOW)[None, :] == iota((total.shape[0], expert.shape[0]), 0)
+    low = (expert & (LOW - 1))[None, :] == iota((LOW, expert.shape[0]), 0)
     return total + jax.lax.dot_general(
         high.astype(jnp.int8), low.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
     )
@@ -163,8 +170,8 @@ def _plan_kernel(
 
     if align > 1:
         tile = (max(next_power_of_2(num_experts) // LOW, LOW), LOW)
-        step = lambda i, total: _tally(total, local(i * STRIP + iota((STRIP,), 0)))
-        counts = jax.lax.fori_loop(0, pl.cdiv(num_items, STRIP), step, jnp.zeros(tile, jnp.int32))
+        step = lambda i, total: _tally(total, local(i * config.counted + iota((config.counted,), 0)))
+        counts = jax.lax.fori_loop(0, pl.cdiv(num_items, config.counted), step, jnp.zeros(tile, jnp.int32))
         padding, other = _padding(counts, align), iota(tile, 0) * LOW + iota(tile, 1)
         for i, expert in enumerate(pair_experts):
             expert = jnp.where(has_pairs, expert, mine)
