@@ -53,8 +53,8 @@ def kind_of(x: Any, weight: Any) -> str:
 def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target: str) -> Config:
     """Which tile to use on this target ("cuda" or "rocm")."""
     if num_tokens == 1:
-        config = Config(1, 1, 4096, num_warps=16, num_stages=1, plain=True)
-    elif num_tokens <= 4:
+        config = Config(1, 1, 2048, num_warps=8, num_stages=1, plain=True)
+    elif num_tokens <= 8:
         config = Config(4, 2, 2048, num_warps=8, num_stages=1, plain=True)
     elif kind == "exact":
         side = 32 if num_tokens <= 256 else 64
@@ -63,10 +63,13 @@ def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target:
         config = Config(64, 32, 32, num_warps=4, num_stages=2)
     elif num_tokens <= 128:
         config = Config(64, *(32, 128) if kind == "tensor" else (64, 64), num_warps=4, num_stages=4)
-    elif kind == "parts":
+    elif kind == "parts" and num_tokens <= 4096:
         config = Config(128, 64, 32, num_warps=4, num_stages=4, programs=256)  # more would not fit in registers
+    elif kind == "parts":
+        config = Config(128, 128, 64, num_warps=8, num_stages=3)
     else:
-        config = Config(128, 256 if target == "cuda" else 128, 64, num_warps=8, num_stages=3)
+        experts = 256 if target == "cuda" and num_tokens > 1024 else 128
+        config = Config(128, experts, 64, num_warps=8, num_stages=4)
     return replace(
         config,
         experts=min(config.experts, next_power_of_2(num_experts) if config.plain else _side(num_experts)),
@@ -259,6 +262,7 @@ def router_logits(
         out_shape=[jax.ShapeDtypeStruct((slices * num_tokens, num_experts), jnp.float32)],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        stage_bytes=config.depth * (config.tokens * x.dtype.itemsize + config.experts * weight.dtype.itemsize),
         interpret=interpret,
     )[0]
     return out if slices == 1 else router_logits_sum(out, slices=slices, interpret=interpret)
