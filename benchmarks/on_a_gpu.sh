@@ -32,8 +32,8 @@ tests)
     ;;
 sanitize)
     for tool in memcheck racecheck; do
-        timeout 280 compute-sanitizer --tool $tool python3 -m benchmarks.sanitize >"$out/$tool.log" 2>&1
-        echo "$tool: exit $?; $(tail -1 "$out/$tool.log")"
+        timeout 280 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m benchmarks.sanitize >"$out/$tool.log" 2>&1
+        echo "$tool: exit $?; $(tail -2 "$out/$tool.log" | tr '\n' ' ')"
     done
     ;;
 bench)
@@ -42,6 +42,7 @@ bench)
     ;;
 tiles)
     python3 -m benchmarks.logits_tiles 2>&1 | tee "$out/logits_tiles.log" | tail -90
+    python3 -m benchmarks.matmul_tiles 2>&1 | tee "$out/matmul_tiles.log" | tail -90
     ;;
 layers)
     python3 -m benchmarks.jax_layer --output "$out/jax_layer.json"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.activation import ACTIVATIONS
-from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
+from kernels_pallas.launch import HOPPER, iota, launch, load, load_masked, next_power_of_2, room, store, within
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,26 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def stage_bytes(self, itemsize: int, parts: int = 1) -> int:
+        """What a step along K takes; the gate and up are two parts."""
+        return (self.rows + parts * self.columns) * self.depth * itemsize
+
 
 def config_for(
-    num_rows: int, num_experts: int, depth: int, width: int, dtype: Any, target: str, *, gated: bool = False
+    num_rows: int,
+    num_experts: int,
+    depth: int,
+    width: int,
+    dtype: Any,
+    target: str,
+    *,
+    gated: bool = False,
+    room: int = HOPPER,
 ) -> Config:
-    """Which tile to use for these shapes on this target ("cuda" or "rocm"); `width` is that of the result."""
+    """Which tile to use for these shapes on this target ("cuda" or "rocm"); `width` is that of the result.
+
+    room: bytes of shared memory that a program can have.
+    """
     # Twice an expert's rows on average: most experts then take one tile, and their weights are read once.
     rows = min(128, max(16, next_power_of_2(2 * pl.cdiv(num_rows, num_experts))))
     if dtype == jnp.float32:  # without tensor cores
@@ -45,9 +60,9 @@ def config_for(
         config = Config(min(rows, 64), 64, 32, 8, num_warps=4, num_stages=2)
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
-    elif rows == 128 and not gated and depth >= 4096:  # measured on an H200, as are those that follow
-        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=3)
-    elif rows == 128:
+    elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
+        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4)
+    elif rows == 128:  # fewer registers, without Hopper's instructions: not measured
         config = Config(rows, 128, 64, 8, num_warps=4, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout
         config = Config(rows, 128, 128, 8, num_warps=4, num_stages=3)
@@ -150,7 +165,7 @@ def grouped_matmul(
     """
     num_rows, depth = rows.shape
     num_experts, width = weight.shape[0], weight.shape[1 if transposed else 2]
-    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target)
+    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, room=room())
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -171,6 +186,7 @@ def grouped_matmul(
         out_shape=[jax.ShapeDtypeStruct((num_rows, width), rows.dtype)],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        stage_bytes=config.stage_bytes(rows.dtype.itemsize),
         interpret=interpret,
     )[0]
 
@@ -194,7 +210,7 @@ def gated_matmul(
     """
     num_rows, depth = rows.shape
     num_experts, width = gate_up.shape[0], gate_up.shape[1 if transposed else 2] // 2
-    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, gated=True)
+    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, gated=True, room=room())
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -215,5 +231,6 @@ def gated_matmul(
         out_shape=[jax.ShapeDtypeStruct((num_rows, w), rows.dtype) for w in (width, *([2 * width] if keep else []))],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        stage_bytes=config.stage_bytes(rows.dtype.itemsize, 2),
         interpret=interpret,
     )

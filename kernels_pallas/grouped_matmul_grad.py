@@ -118,5 +118,6 @@ def grouped_outer(
         out_shape=[jax.ShapeDtypeStruct((num_experts, left, right), a.dtype)],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        stage_bytes=config.rows * (config.left + config.right) * a.dtype.itemsize,
         interpret=interpret,
     )[0]

@@ -84,6 +84,33 @@ def runtime_sizes() -> Iterator[_Launched]:
         _launched.reset(token)
 
 
+_room: contextvars.ContextVar[int | None] = contextvars.ContextVar("room", default=None)
+
+
+@contextlib.contextmanager
+def shared_memory(room: int) -> Iterator[None]:
+    """Kernels traced inside are for a GPU whose programs can have this many bytes of shared memory."""
+    token = _room.set(room)
+    try:
+        yield
+    finally:
+        _room.reset(token)
+
+
+HOPPER = 227 * 1024  # bytes of shared memory that a program can have there; before and on small GPUs it is less
+
+
+def room() -> int:
+    """Shared memory that a program can have: that of `shared_memory`, else of this process' GPU, else Hopper's."""
+    found = _room.get()
+    if found is None:
+        try:
+            found = int(jax.local_devices(backend="cuda")[0].shared_memory_per_block_optin)
+        except (RuntimeError, AttributeError):  # no such GPU here
+            found = HOPPER
+    return found
+
+
 def launch(
     kernel: Callable[..., None],
     *args: jax.Array,
@@ -92,11 +119,14 @@ def launch(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     num_warps: int,
     num_stages: int = 1,
+    stage_bytes: int = 0,
     sizes: Mapping[str, int] | None = None,
     aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Launches `kernel(*in_refs, *out_refs, **sizes)` on `grid`, every ref a whole array.
+
+    Of its `num_stages` each takes `stage_bytes` of shared memory; where those do not fit there are fewer.
 
     A kernel that needs to know how many programs there are takes that as a size: Pallas builds `num_programs` in.
 
@@ -104,6 +134,8 @@ def launch(
     least one program: what a call without work returns is for the caller to say.
     """
     assert 0 not in grid, f"{name}: an empty grid {grid}"
+    if stage_bytes and not interpret:  # a GPU does not start a kernel for which it has too little
+        num_stages = max(1, min(num_stages, room() // stage_bytes))
 
     sizes, num_args = dict(sizes or {}), len(args)
     launched = _launched.get()

@@ -27,7 +27,7 @@ import jax
 from jax.experimental.pallas import triton as plgpu
 from jax.extend.mlir import ir
 
-from kernels_pallas.launch import runtime_sizes
+from kernels_pallas.launch import runtime_sizes, shared_memory
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def lower(fn: Callable[..., Any], *args: Any, target: str | Target, sizes_at_run
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     sizes: list[tuple[int, tuple[str, ...]]] = []
     reading = runtime_sizes() if sizes_at_run_time else nullcontext(sizes)
-    with jax.sharding.use_abstract_mesh(mesh), jax.default_device(_host()), reading as sizes:
+    room = shared_memory(t.shared_bytes)
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_device(_host()), room, reading as sizes:
         traced = jax.jit(lambda *args: fn(*args)).trace(*args)  # a function of its own: jax remembers what it traced
         lowered = traced.lower(lowering_platforms=(t.platform,))
     found: list[Lowered] = []

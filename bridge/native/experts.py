@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bridge.native import build as building
 from bridge.native.build import JAX_DTYPES, aligned, build, rows_for, shape
 from bridge.native.driver import Kernel
 from kernels_pallas import gated_grad as gated_kernels
@@ -63,7 +64,14 @@ def _run(
         return
     num_experts, width, transposed = weight.shape[0], outs[0].shape[1], is_transposed(weight)
     config = kernels.config_for(
-        num_rows, num_experts, depth, width, JAX_DTYPES[rows.dtype], _platform(), gated=activation is not None
+        num_rows,
+        num_experts,
+        depth,
+        width,
+        JAX_DTYPES[rows.dtype],
+        _platform(),
+        gated=activation is not None,
+        room=building.target_of(rows.get_device()).shared_bytes,
     )
     ins, into = [tensor.data_ptr() for tensor in (rows, weight, group_sizes)], [out.data_ptr() for out in outs]
     kernel = _matmul(

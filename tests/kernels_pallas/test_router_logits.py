@@ -119,7 +119,7 @@ def test_plans(experts: int, width: int, kind: str, target: str) -> None:
             assert slices * tokens * experts * 4 < 2**31, "scratch memory that 32-bit offsets reach"
         if (experts, width) == (256, 7168):
             assert x * y >= 56
-    assert len(configs) <= 4
+    assert len(configs) <= 5
 
 
 @pytest.mark.parametrize(("tokens", "experts", "slices"), [(5, 60, 2), (3, 300, 17), (5, 256, 32), (7, 1, 16)])
