@@ -10,6 +10,7 @@ Then, for random tokens, how many of them take which path: logits N(0, 1) in bfl
 
 from __future__ import annotations
 
+import functools
 import heapq
 import re
 import subprocess
@@ -22,7 +23,7 @@ import jaxmoe
 from jaxmoe.config import rule_for
 from kernels_pallas.catalogue import CATALOGUE
 from kernels_pallas.launch import next_power_of_2
-from kernels_pallas.route import config_for, quick_choice
+from kernels_pallas.route import by_bits, config_for, layout_for, quick_choice
 from kernels_pallas.targets import compile_kernel
 
 MODELS = ("deepseek-v3", "kimi-k2", "kimi-k3", "glm-4.5", "deepseek-v2", "qwen3-next")
@@ -78,16 +79,17 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
         found = values[jnp.clip(expert, 0, rule.num_experts - 1)].astype(jnp.float32)
         return found if mask is None else jnp.where(mask, found, 0.0)
 
+    spare = by_bits(rule, has_bias, 2)
+    layout, possible = layout_for(rule, config_for(1, rule.num_experts, "cuda"), spare)
+    assert possible, f"no quick search for {model}"
+    columns = lambda values, itemsize: [c[0] for c in layout.load(lambda row, *at: read(values, *at), itemsize, 1)]
+    biases = columns(bias, 4) if has_bias else None
+    slots = next_power_of_2(rule.num_slots)
+    choose = functools.partial(quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots)
+
     def search(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = quick_choice(
-            lambda expert, mask: read(logits, expert, mask),
-            (lambda expert, mask: read(bias, expert, mask)) if has_bias else None,
-            (2, 4),
-            rule,
-            config_for("cuda"),
-            next_power_of_2(rule.num_slots),
-        )
-        assert found.sure is not None, f"no quick search for {model}"
+        found = choose(columns(logits, 2), biases, bias[0] if has_bias else None)
+        assert found.sure is not None
         return found.sure, found.sure if found.members_sure is None else found.members_sure
 
     # Drawn in float32: in bfloat16 jax draws from few values, and most would be equal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,15 @@ import jax.numpy as jnp
 from kernels_pallas.launch import iota, next_power_of_2
 
 Load = Callable[[jax.Array, "jax.Array | None"], jax.Array]  # (expert ids, mask) -> float32
+
+
+LoadRows = Callable[[jax.Array, jax.Array, "jax.Array | None"], jax.Array]  # (rows, expert ids, mask)
+
+
+def load_flat(load_at: LoadRows, row: jax.Array, expert: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The same without axes: of two Triton would put those on the lanes where it thinks more lies together."""
+    flat = load_at(row.reshape(-1), expert.reshape(-1), None if mask is None else mask.reshape(-1))
+    return flat.reshape(expert.shape)
 
 
 def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
@@ -43,11 +53,6 @@ class Layout:
     def full(self) -> bool:
         return self.n_group == self.runs and self.columns * self.run == self.size
 
-    def first(self) -> jax.Array:
-        """Each lane's first expert [lanes]."""
-        group, lane = divmod_by(iota((self.lanes,), 0), self.run)
-        return group * self.size + lane * self.columns
-
     def count(self) -> jax.Array:
         """How many experts each lane has [lanes]; not positive if none."""
         group, lane = divmod_by(iota((self.lanes,), 0), self.run)
@@ -62,15 +67,28 @@ class Layout:
         group, lane = divmod_by(lane, self.run)
         return group * self.size + lane * self.columns + column
 
-    def load(self, load_at: Load, itemsize: int) -> list[jax.Array]:
-        """[lanes] for each column. A load takes as many columns as lie on an address that is a multiple of as many."""
+    def load(self, load_at: LoadRows, itemsize: int, rows: int) -> list[jax.Array]:
+        """[rows, lanes] for each column; load_at(row, expert, mask) takes them from memory, all of one shape.
+
+        A load takes as many columns as lie on an address that is a multiple of as many. Its tile has them next to the
+        lanes, or, where that is one at a time, has no axes at all: Triton then gives each row a warp, and each lane its
+        columns, whatever comes after.
+        """
         width = min(self.columns & -self.columns, 16 // itemsize)
-        first, count, found = self.first()[:, None], self.count()[:, None], []
+        tile, found = (rows, self.lanes * width), []
+        # div and rem, not shifts: Triton's analysis follows them, and finds out what is contiguous.
+        divmod_of = lambda x, y: (jax.lax.div(x, jnp.full_like(x, y)), jax.lax.rem(x, jnp.full_like(x, y)))
+        lane, column = divmod_of(iota(tile, 1), width)
+        group, lane = divmod_of(lane, self.run)
         for start in range(0, self.columns, width):
-            column = start + iota((self.lanes, width), 1)
-            tile = load_at(first + column, None if self.full else column < count)
-            parts = jnp.split(tile, width, axis=1) if width > 1 else [tile]
-            found += [part.reshape(self.lanes) for part in parts]
+            member = lane * self.columns + (start + column)
+            mask = None if self.full else (group < self.n_group) & (member < self.size)
+            whole = self.full and width == self.columns
+            expert = iota(tile, 1) if whole else group * self.size + member
+            load_tile = load_at if width > 1 else functools.partial(load_flat, load_at)
+            values = load_tile(iota(tile, 0), expert, mask).reshape(rows, self.lanes, width)
+            parts = jnp.split(values, width, axis=2) if width > 1 else [values]
+            found += [part.reshape(rows, self.lanes) for part in parts]
         return found
 
     def mask(self, columns: list[jax.Array], other: Any) -> list[jax.Array]:

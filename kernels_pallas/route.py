@@ -1,7 +1,8 @@
 """Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
 
-One warp handles a token: nothing depends on how many there are. Its experts lie on the lanes (`Layout`), and what is
-done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
+A warp handles a token: nothing depends on how many there are. Two make up a program where there are many, since a GPU
+begins programs (1.6 a nanosecond, an H100) more slowly than it routes. A token's experts lie on the lanes, and what
+is done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
 enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
 (`select.quick_top_k`). Where only the order of the chosen is in doubt, they alone are compared again, by scores to the
 last bits; otherwise, as with a NaN or an infinity, the token is done again by `_exact_choice`. Either way the order is
@@ -12,6 +13,8 @@ chosen logits, loaded again by id: k of them instead of E.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load_masked, next_power_of_2, store
-from kernels_pallas.layout import Layout, Load, divmod_by
+from kernels_pallas.layout import Layout, Load, LoadRows, divmod_by, load_flat
 from kernels_pallas.score import (
     EXCLUDED,
     INFINITY,
@@ -35,7 +38,17 @@ from kernels_pallas.score import (
     score,
     unscaled_weights,
 )
-from kernels_pallas.select import RANGE, UNKNOWN, Groups, in_order, keep_groups, quick_top_k, top_k
+from kernels_pallas.select import (
+    RANGE,
+    UNKNOWN,
+    Groups,
+    in_order,
+    keep_groups,
+    keep_groups_of_lanes,
+    quick_top_k,
+    top_k,
+    top_k_of_lanes,
+)
 
 # Steps of float32 (2**-24 of a number) by which two quick scores may be further apart than the scores: twice 87 for the
 # rounding of the exponent that still gives a normal number, and what exponential, reciprocal and sums add.
@@ -90,6 +103,10 @@ class Rule:
     def top2(self) -> bool:
         return self.grouped and self.group_score == "top2" and self.groups[1] > 1
 
+    def on_lanes(self, layout: Layout) -> Groups:
+        """The groups as they lie there."""
+        return Groups(layout.runs, self.n_group, self.topk_group, self.top2)
+
     def by_logit(self, has_bias: bool) -> bool:
         """Whether logits are the choices.
 
@@ -101,22 +118,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class Config:
-    num_warps: int
+    rows: int  # tokens of a program, each a warp's
     lanes: int  # of a warp
-    few: int = 8192  # tokens: up to so many a program takes one, up to twice as many two, and of more three
 
 
-def config_for(target: str) -> Config:
-    """How to share out a token's experts on this target ("cuda" or "rocm")."""
-    return Config(num_warps=1, lanes=64 if target == "rocm" else 32)
+FEW = 1024  # tokens
 
 
-def share_for(num_tokens: int, config: Config) -> int:
-    """How many tokens a program takes, one after another.
+def config_for(num_tokens: int, num_experts: int, target: str) -> Config:
+    """How to share out tokens on this target ("cuda" or "rocm").
 
-    A GPU begins 1.6 programs a nanosecond (H100), slower than it routes; but programs that take long end unevenly.
+    Few tokens begin at once all the same, and do best without company: one that is not sure holds up the others. So it
+    is where a token takes long.
     """
-    return min(3, pl.cdiv(num_tokens, config.few))
+    rows = 1 if num_tokens <= FEW or num_experts > 512 else 2  # measured on an H100
+    return Config(rows, lanes=64 if target == "rocm" else 32)
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
@@ -142,9 +158,39 @@ def _choices(x: jax.Array, bias: jax.Array | None, rule: Rule, row_max: jax.Arra
 
 
 def _exact_choice(
+    xs: list[jax.Array],
+    biases: list[jax.Array] | None,
+    row_max: jax.Array,
+    row_sum: jax.Array,
+    *,
+    rule: Rule,
+    layout: Layout,
+    slots: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(ids [slots], row_sum, made NaN where softmax of the row is) of one token, whatever its logits.
+
+    xs, biases: as for `quick_choice`.
+    """
+    by_logit = rule.by_logit(biases is not None)
+    if by_logit:
+        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
+        seen = layout.mask([jnp.where(x != x, jnp.inf, x) for x in xs], -jnp.inf)
+        largest = jnp.max(functools.reduce(jnp.maximum, seen))
+        row_sum = row_sum + jnp.where(jnp.abs(largest) == jnp.inf, jnp.float32(jnp.nan), jnp.float32(0.0))
+    of_bias: Iterable[jax.Array | None] = itertools.repeat(None) if biases is None else biases
+    keys = [_choices(x, b, rule, row_max, row_sum) for x, b in zip(xs, of_bias, strict=False)]
+    if by_logit:
+        keys = [jnp.where(row_sum != row_sum, NAN_KEY, key) for key in keys]
+    keys = layout.mask(keys, EXCLUDED)
+    if rule.grouped:
+        keys = keep_groups_of_lanes(keys, rule.on_lanes(layout))
+    return layout.expert(top_k_of_lanes(keys, rule.top_k, slots)), row_sum
+
+
+def _choice_of_many_groups(
     load_logits: Load, load_bias: Load | None, rule: Rule, slots: int, row_max: jax.Array, row_sum: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(ids [slots], row_sum, made NaN where softmax of the row is) for any input; rare, so it may take its time."""
+    """(ids [slots], row_sum, made NaN where softmax of the row is) where groups are more than lanes."""
     n_group, size = rule.groups
     tile = (next_power_of_2(n_group), next_power_of_2(size))
     expert = iota(tile, 0) * size + iota(tile, 1)
@@ -176,22 +222,37 @@ class Found(NamedTuple):
     row_sum: jax.Array
 
 
-def quick_choice(
-    load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
-) -> Found:
-    """The chosen experts by scores good to 17 bits, and whether these are enough to tell.
-
-    itemsizes: the bytes of a logit and of a bias in memory.
-    """
-    softmax, by_logit = rule.scoring_func == "softmax", rule.by_logit(load_bias is not None)
-    spare = by_logit and itemsizes[0] == 2  # 16 bits leave 13 bits of a float32 zero: a place fits in
-    picks = rule.top_k + (not spare)
+def layout_for(rule: Rule, config: Config, by_bits: bool) -> tuple[Layout, bool]:
+    """How a token's experts lie on the lanes; and whether the quick search can take them."""
     layout = Layout(config.lanes, *rule.groups)
-    possible = layout.runs <= layout.lanes and picks <= layout.size * (rule.topk_group if rule.grouped else 1)
-    if not possible:
-        layout = Layout(config.lanes, 1, rule.num_experts)
+    picks = rule.top_k + (not by_bits)
+    if layout.runs > layout.lanes:
+        return Layout(config.lanes, 1, rule.num_experts), False
+    return layout, picks <= layout.size * (rule.topk_group if rule.grouped else 1)
 
-    xs = layout.load(load_logits, itemsizes[0])
+
+def by_bits(rule: Rule, has_bias: bool, itemsize: int) -> bool:
+    """Whether keys have bits to spare: 16 bits leave 13 bits of a float32 zero, and a place fits in."""
+    return rule.by_logit(has_bias) and itemsize == 2
+
+
+def quick_choice(
+    xs: list[jax.Array],
+    biases: list[jax.Array] | None,
+    first: jax.Array | None,
+    *,
+    rule: Rule,
+    layout: Layout,
+    possible: bool,
+    spare: bool,
+    slots: int,
+) -> Found:
+    """The chosen experts of one token by scores good to 17 bits, and whether these are enough to tell.
+
+    xs, biases: [lanes] for each column of the layout; first: the bias of expert 0; spare: as `by_bits` says.
+    """
+    softmax, by_logit = rule.scoring_func == "softmax", rule.by_logit(biases is not None)
+    picks = rule.top_k + (not spare)
     row_max = row_sum = jnp.zeros((1,), jnp.float32)
     if softmax and not (by_logit and rule.renormalize):
         low = layout.mask(xs, -jnp.inf)
@@ -209,12 +270,11 @@ def quick_choice(
             scores = [e * quick_reciprocal(row_sum) for e in exps]
         else:
             scores = [quick_score(x, rule.scoring_func) for x in xs]
-        if load_bias is None:
+        if biases is None or first is None:
             keys = [float_bits(s) for s in scores]
         else:
             # A common term decides nothing, so biases count from expert 0: what is ahead of expert 0 is positive then,
             # as `least` asks, and a large bias takes no bits from the scores.
-            biases, first = layout.load(load_bias, itemsizes[1]), load_bias(jnp.int32(0), None)
             keys = [float_bits(s + (b - first)) for s, b in zip(scores, biases, strict=True)]
             largest: Any = 1.0  # score that there can be
             if softmax:
@@ -226,9 +286,9 @@ def quick_choice(
         layout.mask(keys, EXCLUDED),
         rule.top_k,
         slots,
-        groups=Groups(layout.runs, rule.n_group, rule.topk_group, rule.top2) if rule.grouped else None,
+        groups=rule.on_lanes(layout) if rule.grouped else None,
         depth=layout.depth(picks, rule.topk_group if rule.grouped else 1),
-        margin=None if spare else 0 if by_logit else MARGIN if load_bias is None else SUM_MARGIN,
+        margin=None if spare else 0 if by_logit else MARGIN if biases is None else SUM_MARGIN,
         least=-INFINITY if by_logit else LEAST,
         most=INFINITY if summed is None else MOST,
         summed=summed,
@@ -236,24 +296,64 @@ def quick_choice(
     return Found(layout.expert(place), sure, None if spare else members_sure, row_max, row_sum)
 
 
+def _all(values: jax.Array) -> jax.Array:
+    return jnp.min(values.astype(jnp.int32)) > 0
+
+
 def _choice(
-    load_logits: Load, load_bias: Load | None, itemsizes: tuple[int, int], rule: Rule, config: Config, slots: int
+    load_logits: LoadRows,
+    load_bias: Load | None,
+    itemsizes: tuple[int, int],
+    rule: Rule,
+    config: Config,
+    slots: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids [slots], row_max [1], row_sum [1]): the chosen experts, and what softmax's weights need of the others."""
-    ids, sure, members_sure, row_max, row_sum = quick_choice(load_logits, load_bias, itemsizes, rule, config, slots)
+    """(ids [rows, slots], row_max [rows, 1], row_sum [rows, 1]): the experts, and what softmax's weights need besides.
+
+    itemsizes: the bytes of a logit and of a bias.
+    """
+    rows = config.rows
+    spare = by_bits(rule, load_bias is not None, itemsizes[0])
+    layout, possible = layout_for(rule, config, spare)
+
+    def load() -> tuple[list[jax.Array], list[jax.Array] | None]:
+        xs = layout.load(load_logits, itemsizes[0], rows)
+        return xs, load_bias and layout.load(lambda row, *at: load_bias(*at), itemsizes[1], rows)
+
+    first = load_bias and load_bias(jnp.int32(0), None)
+    search = functools.partial(quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots)
+    found = jax.vmap(search, in_axes=(0, 0, None))(*load(), first)
+    ids, sure, members_sure, row_max, row_sum = found
+
+    def of_many_groups() -> tuple[jax.Array, jax.Array]:
+        """A token at a time."""
+
+        def one(row: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            mine = (iota((rows,), 0) == row)[:, None]
+            of_row = lambda x: jnp.sum(jnp.where(mine, x, 0.0), axis=0)
+            load_row = functools.partial(load_logits, row)
+            new = _choice_of_many_groups(load_row, load_bias, rule, slots, of_row(row_max), of_row(row_sum))
+            return jnp.where(mine, new[0][None], carry[0]), jnp.where(mine, new[1][None], carry[1])
+
+        return jax.lax.fori_loop(0, rows, one, (ids, row_sum))
 
     def exact() -> tuple[jax.Array, jax.Array]:
-        return _exact_choice(load_logits, load_bias, rule, slots, row_max, row_sum)
+        if layout.n_group != rule.groups[0]:
+            return of_many_groups()
+        choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots)
+        return jax.vmap(choose)(*load(), row_max, row_sum)  # loaded again: nothing is kept for what is rare
 
-    def in_order_again() -> tuple[jax.Array, jax.Array]:
-        is_pick = iota((slots,), 0) < rule.top_k
-        bias = None if load_bias is None else load_bias(ids, is_pick)
-        return in_order(ids, _choices(load_logits(ids, is_pick), bias, rule, row_max, row_sum), is_pick), row_sum
+    def again() -> tuple[jax.Array, jax.Array]:
+        is_pick = iota((rows, slots), 1) < rule.top_k
+        load_picks = lambda load_at: load_flat(load_at, iota(ids.shape, 0), ids, is_pick)
+        bias = None if load_bias is None else load_picks(lambda row, *args: load_bias(*args))
+        key = _choices(load_picks(load_logits), bias, rule, row_max, row_sum)
+        return jax.vmap(functools.partial(in_order, k=rule.top_k))(ids, key), row_sum
 
     def otherwise() -> tuple[jax.Array, jax.Array]:
-        return exact() if members_sure is None else jax.lax.cond(members_sure, in_order_again, exact)
+        return exact() if members_sure is None else jax.lax.cond(_all(members_sure), again, exact)
 
-    ids, row_sum = exact() if sure is None else jax.lax.cond(sure, lambda: (ids, row_sum), otherwise)
+    ids, row_sum = exact() if sure is None else jax.lax.cond(_all(sure), lambda: (ids, row_sum), otherwise)
     return ids, row_max, row_sum
 
 
@@ -266,7 +366,6 @@ def _route_kernel(
     has_valid: bool,
     aliased: int,
     num_tokens: Any,
-    share: Any,
     num_valid_tokens: Any = None,
 ) -> None:
     refs_in = iter(refs)
@@ -277,7 +376,12 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    slots = next_power_of_2(rule.num_slots)
+    rows, slots = config.rows, next_power_of_2(rule.num_slots)
+    if rows > 1:  # fewer than there are lanes, Triton would lay across rows
+        slots = max(slots, config.lanes)
+    program = pl.program_id(0)
+    first = program * rows
+
     load_bias: Load | None = None
     itemsizes = (logits_ref.dtype.itemsize, 0)
     if bias_ref is not None:
@@ -286,36 +390,32 @@ def _route_kernel(
     if valid_ref is not None:
         num_valid_tokens = valid_ref[0]
 
-    def of_token(row: jax.Array) -> None:
-        def load_logits(expert: jax.Array, mask: jax.Array | None) -> jax.Array:
-            return _load(logits_ref.at[row, column + expert], mask)
+    def load_logits(row: jax.Array, expert: jax.Array, mask: jax.Array | None) -> jax.Array:
+        token = jnp.minimum(first + row, num_tokens - 1)  # those past the end read the last one, and write nothing
+        return _load(logits_ref.at[jnp.broadcast_to(token, expert.shape), column + expert], mask)
 
-        ids, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots)
-        slot = iota((slots,), 0)
-        routed = slot < rule.top_k
-        weights = rule.scale * unscaled_weights(
-            load_logits(ids, routed),
-            routed,
-            scoring_func=rule.scoring_func,
-            renormalize=rule.renormalize,
-            row_max=row_max,
-            row_sum=row_sum,
-        )
-        if rule.n_shared:
-            shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + row % rule.replicas
-            ids = jnp.where(routed, ids, shared)
-            weights = jnp.where(routed, weights, rule.shared_weight)
-        if num_valid_tokens is not None:
-            is_valid = row < num_valid_tokens
-            ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
-        written = slot < rule.num_slots
-        store(weights_ref.at[row, slot], weights, mask=written)
-        store(experts_ref.at[row, slot], ids, mask=written)
-
-    program = pl.program_id(0)
-    first = program * share
-    tokens = jnp.minimum(share, num_tokens - first)
-    jax.lax.fori_loop(0, tokens, lambda i, _: of_token(first + i), None)
+    ids, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots)
+    slot, row = iota((rows, slots), 1), iota((rows, slots), 0)
+    token = first + row
+    routed = slot < rule.top_k
+    weights = rule.scale * unscaled_weights(
+        load_flat(load_logits, row, ids, routed),
+        routed,
+        scoring_func=rule.scoring_func,
+        renormalize=rule.renormalize,
+        row_max=row_max,
+        row_sum=row_sum,
+    )
+    if rule.n_shared:
+        shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + token % rule.replicas
+        ids = jnp.where(routed, ids, shared)
+        weights = jnp.where(routed, weights, rule.shared_weight)
+    if num_valid_tokens is not None:
+        is_valid = token < num_valid_tokens
+        ids, weights = jnp.where(is_valid, ids, -1), jnp.where(is_valid, weights, 0.0)
+    written = (slot < rule.num_slots) & (token < num_tokens)
+    store(weights_ref.at[token, slot], weights, mask=written)
+    store(experts_ref.at[token, slot], ids, mask=written)
 
     if load_ref:  # cleared here for the launch that counts
         ids_padded = next_power_of_2(rule.num_ids)
@@ -345,7 +445,7 @@ def route(
     """
     num_tokens = logits.shape[0]
     if config is None:
-        config = config_for(target)
+        config = config_for(num_tokens, rule.num_experts, target)
     valid = None if isinstance(num_valid_tokens, int) else num_valid_tokens
     args = [logits, *([] if bias is None else [bias]), *([] if valid is None else [valid])]
     out = out or ()
@@ -353,8 +453,7 @@ def route(
     out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)]
     if clear_load:
         out_shape.append(jax.ShapeDtypeStruct((rule.num_ids,), jnp.int32))
-    share = share_for(num_tokens, config)
-    sizes = {"num_tokens": num_tokens, "share": share}
+    sizes = {"num_tokens": num_tokens}
     if isinstance(num_valid_tokens, int):
         sizes["num_valid_tokens"] = num_valid_tokens
     kernel = functools.partial(
@@ -371,10 +470,10 @@ def route(
         *args,
         *out,
         name="route",
-        grid=(pl.cdiv(num_tokens, share),),
+        grid=(pl.cdiv(num_tokens, config.rows),),
         sizes=sizes,
         out_shape=out_shape,
-        num_warps=config.num_warps,
+        num_warps=config.rows,
         aliases={len(args) + i: i for i in range(len(out))},
         interpret=interpret,
     )

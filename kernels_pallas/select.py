@@ -2,7 +2,7 @@
 
 Keys are int32 that compare as the choices do; Triton turns an integer maximum across a warp into one `redux`
 instruction. `keep_groups` and `top_k` are exact for every key. `quick_top_k` costs a third, and says whether it can be
-trusted; where the set of picks can, but not their order, `in_order` has to follow, and otherwise the exact search.
+trusted; where the set of picks can, but not their order, these have to be ordered, else the exact search has to follow.
 """
 
 from __future__ import annotations
@@ -61,20 +61,27 @@ def _best_of_many(key: jax.Array, k: int) -> jax.Array:
     return (key > least) | (equal & (jnp.cumsum(equal.astype(jnp.int32), dtype=jnp.int32) <= room))
 
 
-def top_k(key: jax.Array, k: int, num_slots: int) -> jax.Array:
-    """Positions [num_slots] of the k largest keys [N] in falling order, a tie to the lower one; then zeros."""
-    position, slot = iota(key.shape, 0), iota((num_slots,), 0)
+def top_k(key: jax.Array, k: int, num_slots: int, place: jax.Array | None = None) -> jax.Array:
+    """Places [num_slots] of the k largest keys [N] in falling order, a tie to the lower one; then zeros.
+
+    place [N]: distinct where a key is not EXCLUDED; by default 0, 1, 2, ...
+    """
+    slot = iota((num_slots,), 0)
+    places = iota(key.shape, 0) if place is None else place
 
     def step(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         key, found = state
-        at = jnp.min(jnp.where(key == jnp.max(key), position, key.shape[0]))
-        return jnp.where(position == at, EXCLUDED, key), jnp.where(slot == j, at, found)
+        at = jnp.min(jnp.where(key == jnp.max(key), places, 2**31 - 1))
+        return jnp.where(places == at, EXCLUDED, key), jnp.where(slot == j, at, found)
 
     return jax.lax.fori_loop(0, k, step, (key, jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
-def in_order(place: jax.Array, key: jax.Array, is_pick: jax.Array) -> jax.Array:
-    """The picks' places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
+def in_order(place: jax.Array, key: jax.Array, k: int) -> jax.Array:
+    """The first k places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
+    is_pick = iota(key.shape, 0) < k
+    if key.shape[0] > 16:  # too many pairs
+        return top_k(jnp.where(is_pick, key, EXCLUDED), k, key.shape[0], place)
     ahead = (key[:, None] > key) | ((key[:, None] == key) & (place[:, None] < place))
     rank = jnp.sum(ahead & is_pick[:, None], axis=0, dtype=jnp.int32)
     here = (iota(ahead.shape, 0) == rank) & is_pick
@@ -89,6 +96,44 @@ class Groups:
     n_group: int
     topk_group: int
     top2: bool  # a group's score is the sum of its two largest choices (their bits are the keys), else its largest key
+
+
+def keep_groups_of_lanes(keys: Sequence[jax.Array], groups: Groups) -> list[jax.Array]:
+    """`keep_groups` of keys as `quick_top_k` takes them."""
+    lanes, shape = keys[0].shape[0], (groups.runs, keys[0].shape[0] // groups.runs)
+
+    def best(columns: Sequence[jax.Array]) -> jax.Array:
+        return jnp.max(functools.reduce(jnp.maximum, columns).reshape(shape), axis=1)
+
+    def spread(of_group: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(of_group[:, None], shape).reshape(lanes)
+
+    group = top = best(keys)
+    if groups.top2:
+        at_top = [key == spread(top) for key in keys]
+        count = functools.reduce(jnp.add, [at.astype(jnp.int32) for at in at_top])
+        second = best([jnp.where(at, EXCLUDED, key) for at, key in zip(at_top, keys, strict=True)])
+        second = jnp.where(jnp.sum(count.reshape(shape), axis=1, dtype=jnp.int32) > 1, top, second)
+        group = encode(plus_zero(decode(top) + decode(second)))  # as there
+    group = jnp.where(iota(group.shape, 0) < groups.n_group, group, EXCLUDED)
+    kept = spread(_best_of_few(group, groups.topk_group).astype(jnp.int32)) > 0
+    return [jnp.where(kept, key, EXCLUDED) for key in keys]
+
+
+def top_k_of_lanes(keys: Sequence[jax.Array], k: int, num_slots: int) -> jax.Array:
+    """`top_k` of keys as `quick_top_k` takes them, and places as it gives them; whatever the keys are."""
+    lanes, width, slot = keys[0].shape[0], next_power_of_2(len(keys)), iota((num_slots,), 0)
+    places = [iota((lanes,), 0) * width + c for c in range(len(keys))]
+
+    def step(j: jax.Array, state: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        keys, found = state
+        top = jnp.max(functools.reduce(jnp.maximum, keys))
+        ties = [jnp.where(key == top, place, lanes * width) for key, place in zip(keys, places, strict=True)]
+        at = jnp.min(functools.reduce(jnp.minimum, ties))
+        keys = [jnp.where(place == at, EXCLUDED, key) for key, place in zip(keys, places, strict=True)]
+        return keys, jnp.where(slot == j, at, found)
+
+    return jax.lax.fori_loop(0, k, step, (list(keys), jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
 def quick_top_k(

@@ -33,6 +33,7 @@ def _route(
     stride: int,
     rows: int,
     divisor: int,
+    made_for: route_kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
@@ -48,12 +49,8 @@ def _route(
         num_valid_tokens=counts[valid],
         rule=rule,
         clear_load=with_load,
+        config=made_for,
     )[0]
-
-
-@functools.cache
-def _config() -> route_kernels.Config:
-    return route_kernels.config_for(_platform())
 
 
 def route(
@@ -79,8 +76,7 @@ def route(
         outs.append(load.data_ptr())
     is_aligned = aligned(*ins, *outs)
     count_from = None
-    share = route_kernels.share_for(num_tokens, _config())
-    sizes = [num_tokens, share]
+    sizes = [num_tokens]
     if valid is not None:
         count_from = "tensor"
         ins.append(valid.data_ptr())  # one number, read by itself: it may lie anywhere
@@ -89,6 +85,7 @@ def route(
         sizes.append(number)
     dtype, device = logits.dtype, logits.get_device()
     stride, rows, divisor, distance = laid(logits, num_tokens)
+    made_for = route_kernels.config_for(num_tokens, logits.shape[1], _platform())
     kernel = _route(
         config,
         dtype,
@@ -98,10 +95,11 @@ def route(
         stride,
         rows,
         divisor,
+        made_for,
         is_aligned,
         device,
     )
-    kernel(-(-num_tokens // share), 1, *ins, *sizes, *distance, *outs)
+    kernel(-(-num_tokens // made_for.rows), 1, *ins, *sizes, *distance, *outs)
     if load is not None:
         _count(experts, load, device)
 
@@ -141,14 +139,13 @@ def route_at_once(
     ):
         return False
     a, b, c, written = logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), 4 * tokens * num_slots
-    share = route_kernels.share_for(tokens, _config())
     a_end, b_end, c_end = a + logits.nbytes, b + written, c + written
     if (a | b | c) % ALIGNMENT or not (
         (a_end <= b or b_end <= a) and (a_end <= c or c_end <= a) and (b_end <= c or c_end <= b)
     ):
         return False
     if bias is None:
-        kernel(-(-tokens // share), 1, a, tokens, share, b, c)
+        kernel(tokens, 1, a, tokens, b, c)
         return True
     d = bias.data_ptr()
     d_end = d + bias.nbytes
@@ -161,7 +158,7 @@ def route_at_once(
         or not ((d_end <= b or b_end <= d) and (d_end <= c or c_end <= d))
     ):
         return False
-    kernel(-(-tokens // share), 1, a, d, tokens, share, b, c)
+    kernel(tokens, 1, a, d, tokens, b, c)
     return True
 
 
@@ -170,8 +167,10 @@ def _prepare(logits: torch.Tensor, bias: torch.Tensor | None, config: str) -> bo
     known, bias_dtype = config_of(config), None if bias is None else bias.dtype
     dtype, device, experts = logits.dtype, logits.get_device(), known.num_experts
     if dtype in JAX_DTYPES and (bias is None or bias_dtype in JAX_DTYPES) and INT32 not in (dtype, bias_dtype):
-        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, 0, True, device)
-        most = WIDE // (experts * dtype.itemsize)
+        made_for = route_kernels.config_for(1, experts, _platform())
+        assert made_for.rows == 1
+        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, 0, made_for, True, device)
+        most = min(route_kernels.FEW, WIDE // (experts * dtype.itemsize))
         _at_once[config, dtype, bias_dtype, device] = experts, known.num_slots, most, kernel
     return False
 

@@ -47,7 +47,7 @@ CALLS: dict[str, tuple[Callable[[], Any], list[tuple[str, ...]]]] = {
     ),
     "route": (
         lambda: route(normal(2, 5, 12), None, 3, rule=RULE, interpret=True),
-        [("num_tokens", "share", "num_valid_tokens")],
+        [("num_tokens", "num_valid_tokens")],
     ),
     "router": (lambda: router_logits(normal(3, 37, 40), normal(4, 12, 40), interpret=True), []),
     "router, gradient of x": (

@@ -147,15 +147,41 @@ def test_what_is_not_sure() -> None:
     assert sure(np.where(base < base.ravel()[125], -5, base), 4) == nothing
 
 
-def test_in_order() -> None:
+@pytest.mark.parametrize("slots", [8, 32])
+def test_in_order(slots: int) -> None:
     """Every order of four keys, ties among them; a tie goes to the lower place; slots that hold no pick are zeros."""
-    place = jnp.asarray([9, 2, 7, 4, 7, 0, 1, 1])
-    is_pick = jnp.arange(8) < 4
-    again = jax.jit(lambda key: select.in_order(place, key, is_pick))
+    place = jnp.zeros(slots, jnp.int32).at[:8].set(jnp.asarray([9, 2, 7, 4, 7, 0, 1, 1]))
+    others = jnp.zeros(slots, jnp.int32).at[4:8].set(jnp.asarray([2**31 - 1, 0, 1, 1]))
+    again = jax.jit(lambda values: select.in_order(place, others.at[:4].set(values), 4))
     for values in itertools.product([-5, 0, score.NAN_KEY, 2**31 - 1], repeat=4):
-        found = again(jnp.asarray([*values, 2**31 - 1, 0, 1, 1], jnp.int32))
+        found = again(jnp.asarray(values, jnp.int32))
         want = sorted(range(4), key=lambda i: (-values[i], place[i]))
-        assert found.tolist() == [*(int(place[i]) for i in want), 0, 0, 0, 0]
+        assert found[:4].tolist() == [int(place[i]) for i in want]
+        assert not found[4:].any()
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("spread", [2, 2**31 - 1])
+@pytest.mark.parametrize("top2", [True, False])
+@pytest.mark.parametrize(("runs", "n_group", "topk_group"), [(1, 1, 1), (8, 8, 4), (8, 5, 2), (32, 32, 3)])
+def test_exact_search_on_lanes(runs: int, n_group: int, topk_group: int, top2: bool, spread: int, lanes: int) -> None:
+    """The same as the one that has a row for each group: from keys that are nearly all equal to keys far apart."""
+    k, columns, groups = 3, 4, select.Groups(runs, n_group, topk_group, top2)
+    for seed in range(2):
+        key = np.random.default_rng(seed).integers(-spread, spread, (lanes, columns)).astype(np.int32)
+        if top2:  # numbers, whose sums count
+            numbers = np.round(positive(seed, lanes, columns).view(np.float32), 1 if spread == 2 else 6)
+            key = np.asarray(score.encode(jnp.asarray(numbers)))
+        by_group = jnp.asarray(key).reshape(runs, -1)
+        kept = select.keep_groups(by_group, n_group, topk_group, top2)
+        columns_of = lambda keys: list(jnp.asarray(keys).reshape(lanes, columns).T)
+        got = select.keep_groups_of_lanes(columns_of(key), groups)
+        if n_group < runs:  # those that are none stay out one way or the other
+            by_group = by_group.at[n_group:].set(score.EXCLUDED)
+            got, kept = select.keep_groups_of_lanes(columns_of(by_group), groups), kept.at[n_group:].set(score.EXCLUDED)
+        np.testing.assert_array_equal(np.stack(got, axis=1).reshape(runs, -1), kept)
+        found = select.top_k_of_lanes(got, k, 4)
+        np.testing.assert_array_equal(found, select.top_k(kept.reshape(-1), k, 4))
 
 
 def test_low_bits_that_decide_are_not_spare() -> None:
