@@ -128,7 +128,7 @@ def measure(tokens: int, *, with_xla: bool) -> dict[str, Any]:
 def main() -> None:
     """Prints the figures; with --output writes them too."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 1024, 4096])
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     results = {

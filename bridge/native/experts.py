@@ -138,13 +138,22 @@ def gated_grad(
 
 
 @functools.cache
-def _outer(dtype: torch.dtype, experts: int, left: int, right: int, rows: int, is_aligned: bool, device: int) -> Kernel:
+def _outer(
+    dtype: torch.dtype,
+    experts: int,
+    left: int,
+    right: int,
+    rows: int,
+    config: grad_kernels.Config,
+    is_aligned: bool,
+    device: int,
+) -> Kernel:
     arrays: dict[str, Any] = {
         "a": shape(dtype, rows, left),
         "b": shape(dtype, rows, right),
         "group_sizes": shape(INT32, experts),
     }
-    return build(grad_kernels.grouped_outer, device, is_aligned, **arrays)[0]
+    return build(grad_kernels.grouped_outer, device, is_aligned, **arrays, config=config)[0]
 
 
 def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
@@ -158,6 +167,6 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, o
     config = grad_kernels.config_for(left, right, JAX_DTYPES[a.dtype], _platform())
     ins, into = [tensor.data_ptr() for tensor in (a, b, group_sizes)], out.data_ptr()
     rows = rows_for(num_rows, max(left, right), a.itemsize)
-    kernel = _outer(a.dtype, num_experts, left, right, rows, aligned(*ins, into), a.get_device())
+    kernel = _outer(a.dtype, num_experts, left, right, rows, config, aligned(*ins, into), a.get_device())
     (programs,) = grad_kernels.grid_for(num_experts, left, right, config)
     kernel(programs, 1, *ins, num_rows, into)
