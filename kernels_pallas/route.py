@@ -1,6 +1,6 @@
 """Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
 
-A warp handles a token: nothing depends on how many there are. Two make up a program where there are many, since a GPU
+A warp handles a token: nothing depends on how many there are. Many share programs, two or four of them, since a GPU
 begins programs (1.6 a nanosecond, an H100) more slowly than it routes. A token's experts lie on the lanes, and what
 is done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
 enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
@@ -131,7 +131,7 @@ def config_for(num_tokens: int, num_experts: int, target: str) -> Config:
     Few tokens begin at once all the same, and do best without company: one that is not sure holds up the others. So it
     is where a token takes long.
     """
-    rows = 1 if num_tokens <= FEW or num_experts > 512 else 2  # measured on an H100
+    rows = 1 if num_tokens <= FEW or num_experts > 512 else 2 if num_experts <= 384 else 4  # measured on an H100
     return Config(rows, lanes=64 if target == "rocm" else 32)
 
 
