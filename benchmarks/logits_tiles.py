@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks import timing
+from benchmarks import tiles, timing
+from benchmarks.operation import expect
 from bridge.native import routing
 from kernels_pallas import router_logits as kernels
 from kernels_pallas.router_logits import Config
@@ -89,19 +90,16 @@ def _measure(name: str, function: Callable[[Tensor, Tensor], Tensor], x: list[Te
     """Prints a line: the time, or what is wrong."""
     tokens = len(x[0])
     some = torch.arange(0, tokens, max(1, tokens // 512), device="cuda")
-    begin = f"{tokens:6} {str(weight[0].dtype).removeprefix('torch.'):9}"
-    try:
+
+    def check() -> None:
         got = function(x[0], weight[0])
         error = float((got[some].double() - x[0][some].double() @ weight[0].double().T).abs().max())
-        if not error < 1e-3:
-            raise AssertionError(f"wrong by {error:.1e}")
-        if not torch.equal(got, function(x[0], weight[0])):
-            raise AssertionError("not the same twice")
-        call = lambda i: function(x[i % len(x)], weight[i % SETS])
-        taken = timing.time_graph(call, calls=SETS if tokens <= 512 else 6, seconds=0.12).p50
-        print(f"{begin}{taken:9.2f} us  {name}", flush=True)
-    except Exception as error:  # the others are timed all the same
-        print(f"{begin}   FAILED  {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+        expect(error < 1e-3, f"off by {error:.1e}")
+        expect(torch.equal(got, function(x[0], weight[0])), "not the same twice")
+
+    label = f"{tokens:6} {str(weight[0].dtype).removeprefix('torch.'):9} {name}"
+    call = lambda i: function(x[i % len(x)], weight[i % SETS])
+    tiles.line(label, call, check, calls=SETS if tokens <= 512 else 6, seconds=0.12)
 
 
 def main() -> None:

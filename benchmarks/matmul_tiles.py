@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 
 import bridge
-from benchmarks import matmuls, stated, timing
+from benchmarks import matmuls, stated, tiles
 from bridge.native import experts
 from kernels_pallas import grouped_matmul as kernels
 from kernels_pallas.grouped_matmul import Config
@@ -62,27 +63,21 @@ def _functions() -> dict[str, tuple[int, Tensor, Callable[..., Tensor], Callable
         experts.gated_matmul(rows, weight, sizes, "silu", out)
         return out
 
+    def product(rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+        return bridge.grouped_matmul(rows, weight, sizes)
+
     return {
-        "plain": (WIDTH, gate_up, bridge.grouped_matmul, stated.grouped_matmul),
+        "plain": (WIDTH, gate_up, product, stated.grouped_matmul),
         "gated": (WIDTH, gate_up, ours, gated),
-        "down": (INNER, down, bridge.grouped_matmul, stated.grouped_matmul),
+        "down": (INNER, down, product, stated.grouped_matmul),
     }
 
 
-def _measure(
-    label: str, ours: Callable[..., Tensor], rows: list[Tensor], weight: Tensor, sizes: Tensor, want: Tensor
-) -> None:
+def _measure(label: str, product: Callable[[Tensor], Tensor], rows: list[Tensor], want: Tensor, flops: float) -> None:
     """Prints a line: the time, or what is wrong."""
-    try:
-        error = float((ours(rows[0], weight, sizes).float() - want).norm() / want.norm())
-        if not error < 1e-2:
-            raise AssertionError(f"wrong by {error:.1e}")
-        call = lambda i: ours(rows[i % 2], weight, sizes)
-        taken = timing.time_graph(call, calls=4 if len(want) > 4096 else 20, seconds=0.15).p50
-        flops = 2 * rows[0].numel() * weight.shape[2]
-        print(f"{label} {taken:9.2f} us {flops / taken / 1e6:7.1f} TFLOP/s", flush=True)
-    except Exception as error:  # the others are timed all the same
-        print(f"{label} FAILED {type(error).__name__}: {str(error)[:120]}", flush=True)
+    check = lambda: stated.check_close(product(rows[0]), want, matmuls.LIMIT, "product")
+    call = lambda i: product(rows[i % 2])
+    tiles.line(label, call, check, calls=4 if len(want) > 4096 else 20, seconds=0.15, flops=flops)
 
 
 def main() -> None:
@@ -108,8 +103,9 @@ def main() -> None:
                 print("the time is up")
                 return
             label = f"{num_rows:6} {kind:7} {name:6}{' *' if config is star else '  '} {dataclasses.astuple(config)}"
+            product = functools.partial(ours, weight=weight, sizes=sizes)
             with mock.patch.object(kernels, "config_for", lambda *args, config=config, **options: config):
-                _measure(label, ours, rows, weight, sizes, want)
+                _measure(label, product, rows, want, flops=2 * rows[0].numel() * weight.shape[2])
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ def route(
     strided: bool = False,
     count: Any = None,
 ) -> list[Tensor]:
-    """Weights, ids, load, and the gradient of the logits."""
+    """Weights, ids, load, and the gradient of the logits; with ties the exact search has to follow."""
     wide = _random(device, 0, tokens, config.num_experts + 8 * strided, dtype=BF16, shift=int(ties))
     logits = (wide.round() if ties else wide)[:, 8 * strided :].requires_grad_()
-    bias = None if config is SOFTMAX else _random(device, 1, config.num_experts) * 0.1
+    bias = None if config is SOFTMAX else _random(device, 1, config.num_experts) * (0.0 if ties else 0.1)
     if isinstance(count, str):
         count = torch.tensor(tokens - 1, dtype=INT32, device=device)
     routing = bridge.route(logits, bias, config=config, num_valid_tokens=count)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load_masked, next_power_of_2, store
-from kernels_pallas.layout import Layout, Load, LoadRows, divmod_by, load_flat
+from kernels_pallas.layout import Layout, Load, LoadRows, load_flat
 from kernels_pallas.score import (
     EXCLUDED,
     INFINITY,
@@ -44,10 +44,8 @@ from kernels_pallas.select import (
     Groups,
     in_order,
     keep_groups,
-    keep_groups_of_lanes,
     quick_top_k,
     top_k,
-    top_k_of_lanes,
 )
 
 # Steps of float32 (2**-24 of a number) by which two quick scores may be further apart than the scores: twice 87 for the
@@ -183,33 +181,8 @@ def _exact_choice(
         keys = [jnp.where(row_sum != row_sum, NAN_KEY, key) for key in keys]
     keys = layout.mask(keys, EXCLUDED)
     if rule.grouped:
-        keys = keep_groups_of_lanes(keys, rule.on_lanes(layout))
-    return layout.expert(top_k_of_lanes(keys, rule.top_k, slots)), row_sum
-
-
-def _choice_of_many_groups(
-    load_logits: Load, load_bias: Load | None, rule: Rule, slots: int, row_max: jax.Array, row_sum: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(ids [slots], row_sum, made NaN where softmax of the row is) where groups are more than lanes."""
-    n_group, size = rule.groups
-    tile = (next_power_of_2(n_group), next_power_of_2(size))
-    expert = iota(tile, 0) * size + iota(tile, 1)
-    is_expert = (iota(tile, 0) < n_group) & (iota(tile, 1) < size)
-    x = load_logits(expert, is_expert)
-    if rule.by_logit(load_bias is not None):
-        # softmax of a row with a NaN or +inf, or of nothing but -inf, is NaN throughout
-        seen = jnp.max(jnp.where(is_expert, jnp.where(x != x, jnp.inf, x), -jnp.inf))
-        row_sum = row_sum + jnp.where(jnp.abs(seen) == jnp.inf, jnp.float32(jnp.nan), jnp.float32(0.0))
-    bias = None if load_bias is None else load_bias(expert, is_expert)
-    key = _choices(x, bias, rule, row_max[:, None], row_sum[:, None])
-    if rule.by_logit(load_bias is not None):
-        key = jnp.where(row_sum[:, None] != row_sum[:, None], NAN_KEY, key)
-    key = jnp.where(is_expert, key, EXCLUDED)
-    if rule.grouped:
-        key = keep_groups(key, n_group, rule.topk_group, rule.top2)
-    place = top_k(key.reshape(tile[0] * tile[1]), rule.top_k, slots)
-    group, member = divmod_by(place, tile[1])
-    return group * size + member, row_sum
+        keys = keep_groups(keys, rule.on_lanes(layout))
+    return layout.expert(top_k(keys, rule.top_k, slots)), row_sum
 
 
 class Found(NamedTuple):
@@ -222,12 +195,11 @@ class Found(NamedTuple):
     row_sum: jax.Array
 
 
-def layout_for(rule: Rule, config: Config, by_bits: bool) -> tuple[Layout, bool]:
-    """How a token's experts lie on the lanes; and whether the quick search can take them."""
-    layout = Layout(config.lanes, *rule.groups)
-    picks = rule.top_k + (not by_bits)
-    if layout.runs > layout.lanes:
-        return Layout(config.lanes, 1, rule.num_experts), False
+def layout_for(rule: Rule, config: Config, spare: bool) -> tuple[Layout, bool]:
+    """How a token's experts lie on the lanes; and whether the quick search can take them. `spare`: see `by_bits`."""
+    n_group, size = rule.groups
+    layout = Layout(max(config.lanes, next_power_of_2(n_group)), n_group, size)  # a lane holds one group at most
+    picks = rule.top_k + (not spare)
     return layout, picks <= layout.size * (rule.topk_group if rule.grouped else 1)
 
 
@@ -325,21 +297,7 @@ def _choice(
     found = jax.vmap(search, in_axes=(0, 0, None))(*load(), first)
     ids, sure, members_sure, row_max, row_sum = found
 
-    def of_many_groups() -> tuple[jax.Array, jax.Array]:
-        """A token at a time."""
-
-        def one(row: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            mine = (iota((rows,), 0) == row)[:, None]
-            of_row = lambda x: jnp.sum(jnp.where(mine, x, 0.0), axis=0)
-            load_row = functools.partial(load_logits, row)
-            new = _choice_of_many_groups(load_row, load_bias, rule, slots, of_row(row_max), of_row(row_sum))
-            return jnp.where(mine, new[0][None], carry[0]), jnp.where(mine, new[1][None], carry[1])
-
-        return jax.lax.fori_loop(0, rows, one, (ids, row_sum))
-
     def exact() -> tuple[jax.Array, jax.Array]:
-        if layout.n_group != rule.groups[0]:
-            return of_many_groups()
         choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots)
         return jax.vmap(choose)(*load(), row_max, row_sum)  # loaded again: nothing is kept for what is rare
 

@@ -25,21 +25,6 @@ UNKNOWN = 2**31 - 1  # a key above every number: the quick search cannot answer
 RANGE = 12.0
 
 
-def keep_groups(key: jax.Array, n_group: int, topk_group: int, top2: bool) -> jax.Array:
-    """key [G, size] with all keys outside the best `topk_group` of the `n_group` groups excluded."""
-    top = jnp.max(key, axis=1)
-    group = top
-    if top2:
-        at_top = key == top[:, None]
-        again = jnp.sum(at_top, axis=1, dtype=jnp.int32) > 1
-        second = jnp.where(again, top, jnp.max(jnp.where(at_top, EXCLUDED, key), axis=1))
-        # The sum of two numbers is a number or, inf - inf, NaN; a second choice that is NaN makes the sum NaN.
-        group = encode(plus_zero(decode(top) + decode(second)))
-    group = jnp.where(iota(group.shape, 0) < n_group, group, EXCLUDED)
-    kept = _best_of_many(group, topk_group) if group.shape[0] > MANY_GROUPS else _best_of_few(group, topk_group)
-    return jnp.where(kept[:, None], key, EXCLUDED)
-
-
 def _best_of_few(key: jax.Array, k: int) -> jax.Array:
     """Which of key [G] are among the k largest: those that fewer than k others beat, all pairs at once."""
     mine, theirs = key[:, None], key[None, :]
@@ -61,27 +46,33 @@ def _best_of_many(key: jax.Array, k: int) -> jax.Array:
     return (key > least) | (equal & (jnp.cumsum(equal.astype(jnp.int32), dtype=jnp.int32) <= room))
 
 
-def top_k(key: jax.Array, k: int, num_slots: int, place: jax.Array | None = None) -> jax.Array:
-    """Places [num_slots] of the k largest keys [N] in falling order, a tie to the lower one; then zeros.
+def top_k(keys: Sequence[jax.Array], k: int, num_slots: int, places: Sequence[jax.Array] | None = None) -> jax.Array:
+    """Places [num_slots] of the k largest keys in falling order, a tie to the lower one; then zeros.
 
-    place [N]: distinct where a key is not EXCLUDED; by default 0, 1, 2, ...
+    keys: [lanes] for each column. places: the same, distinct where a key is not EXCLUDED; by default, as for
+    `quick_top_k`, lane * next_power_of_2(columns) + column.
     """
     slot = iota((num_slots,), 0)
-    places = iota(key.shape, 0) if place is None else place
+    if places is None:
+        width = next_power_of_2(len(keys))
+        places = [iota(key.shape, 0) * width + c for c, key in enumerate(keys)]
 
-    def step(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        key, found = state
-        at = jnp.min(jnp.where(key == jnp.max(key), places, 2**31 - 1))
-        return jnp.where(places == at, EXCLUDED, key), jnp.where(slot == j, at, found)
+    def step(j: jax.Array, state: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        keys, found = state
+        top = jnp.max(functools.reduce(jnp.maximum, keys))
+        ties = [jnp.where(key == top, place, 2**31 - 1) for key, place in zip(keys, places, strict=True)]
+        at = jnp.min(functools.reduce(jnp.minimum, ties))
+        keys = [jnp.where(place == at, EXCLUDED, key) for key, place in zip(keys, places, strict=True)]
+        return keys, jnp.where(slot == j, at, found)
 
-    return jax.lax.fori_loop(0, k, step, (key, jnp.zeros((num_slots,), jnp.int32)))[1]
+    return jax.lax.fori_loop(0, k, step, (list(keys), jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
 def in_order(place: jax.Array, key: jax.Array, k: int) -> jax.Array:
     """The first k places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
     is_pick = iota(key.shape, 0) < k
     if key.shape[0] > 16:  # too many pairs
-        return top_k(jnp.where(is_pick, key, EXCLUDED), k, key.shape[0], place)
+        return top_k([jnp.where(is_pick, key, EXCLUDED)], k, key.shape[0], [place])
     ahead = (key[:, None] > key) | ((key[:, None] == key) & (place[:, None] < place))
     rank = jnp.sum(ahead & is_pick[:, None], axis=0, dtype=jnp.int32)
     here = (iota(ahead.shape, 0) == rank) & is_pick
@@ -98,8 +89,8 @@ class Groups:
     top2: bool  # a group's score is the sum of its two largest choices (their bits are the keys), else its largest key
 
 
-def keep_groups_of_lanes(keys: Sequence[jax.Array], groups: Groups) -> list[jax.Array]:
-    """`keep_groups` of keys as `quick_top_k` takes them."""
+def keep_groups(keys: Sequence[jax.Array], groups: Groups) -> list[jax.Array]:
+    """keys [lanes] for each column, with all keys outside the best groups excluded."""
     lanes, shape = keys[0].shape[0], (groups.runs, keys[0].shape[0] // groups.runs)
 
     def best(columns: Sequence[jax.Array]) -> jax.Array:
@@ -114,26 +105,12 @@ def keep_groups_of_lanes(keys: Sequence[jax.Array], groups: Groups) -> list[jax.
         count = functools.reduce(jnp.add, [at.astype(jnp.int32) for at in at_top])
         second = best([jnp.where(at, EXCLUDED, key) for at, key in zip(at_top, keys, strict=True)])
         second = jnp.where(jnp.sum(count.reshape(shape), axis=1, dtype=jnp.int32) > 1, top, second)
-        group = encode(plus_zero(decode(top) + decode(second)))  # as there
+        # The sum of two numbers is a number or, inf - inf, NaN; a second choice that is NaN makes the sum NaN.
+        group = encode(plus_zero(decode(top) + decode(second)))
     group = jnp.where(iota(group.shape, 0) < groups.n_group, group, EXCLUDED)
-    kept = spread(_best_of_few(group, groups.topk_group).astype(jnp.int32)) > 0
+    best_groups = _best_of_many if groups.runs > MANY_GROUPS else _best_of_few
+    kept = spread(best_groups(group, groups.topk_group).astype(jnp.int32)) > 0
     return [jnp.where(kept, key, EXCLUDED) for key in keys]
-
-
-def top_k_of_lanes(keys: Sequence[jax.Array], k: int, num_slots: int) -> jax.Array:
-    """`top_k` of keys as `quick_top_k` takes them, and places as it gives them; whatever the keys are."""
-    lanes, width, slot = keys[0].shape[0], next_power_of_2(len(keys)), iota((num_slots,), 0)
-    places = [iota((lanes,), 0) * width + c for c in range(len(keys))]
-
-    def step(j: jax.Array, state: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-        keys, found = state
-        top = jnp.max(functools.reduce(jnp.maximum, keys))
-        ties = [jnp.where(key == top, place, lanes * width) for key, place in zip(keys, places, strict=True)]
-        at = jnp.min(functools.reduce(jnp.minimum, ties))
-        keys = [jnp.where(place == at, EXCLUDED, key) for key, place in zip(keys, places, strict=True)]
-        return keys, jnp.where(slot == j, at, found)
-
-    return jax.lax.fori_loop(0, k, step, (list(keys), jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
 def quick_top_k(

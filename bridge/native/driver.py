@@ -36,7 +36,7 @@ observers: list[Callable[[str, tuple[int, int]], None]] = []
 # the stream and attributes, one or none; then the kernel's arguments.
 _LAUNCH = "7I4xQQI4x"
 # CUDA's attribute "programmatic stream serialization", allowed: what `targets.Lowered.waiting` makes kernels for.
-_DEPENDENT = struct.pack("@I4xI60x", 6, 1)
+_DEPENDENT = ctypes.create_string_buffer(struct.pack("@I4xI60x", 6, 1))
 _BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # the same numbers in CUDA and HIP, but for where the list ends
 
 
@@ -123,8 +123,7 @@ class Kernel:
         self._launch = self._launch_hip if self._driver.hip else self._launch_cuda
         self._cuda = (c_void_p(start), self._function, None, c_void_p(ctypes.addressof(self._extra)))
         self._call = self._driver.launch
-        self._attribute = ctypes.create_string_buffer(_DEPENDENT, len(_DEPENDENT))
-        self._attributes = (ctypes.addressof(self._attribute), 1) if binary.dependent else (0, 0)
+        self._attributes = (ctypes.addressof(_DEPENDENT), 1) if binary.dependent else (0, 0)
         self._lock = threading.Lock()  # of the memory, which the driver reads before it returns
 
     def __call__(self, x: int, y: int, *arguments: int) -> None:

@@ -325,6 +325,7 @@ class FakeDriver:
 
     def __init__(self, hip: bool) -> None:
         self.hip, self.seen, self.failing = hip, [], []
+        self.attributes: list[Any] = []  # of each launch
         pointer, number, status = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
         cuda = ctypes.CFUNCTYPE(status, pointer, pointer, pointer, pointer)
         amd = ctypes.CFUNCTYPE(status, pointer, *[number] * 7, pointer, pointer, pointer)
@@ -343,7 +344,8 @@ class FakeDriver:
 
     def launch_cuda(self, config: int, function: int, parameters: int | None, extra: int) -> int:
         *sizes, stream, attributes, count = struct.unpack("@7I4xQQI4x", ctypes.string_at(config, 56))
-        assert (function, parameters, attributes, count) == (0xF00, None, 0, 0)
+        assert (function, parameters) == (0xF00, None)
+        self.attributes.append(ctypes.string_at(attributes, 72 * count) if count else attributes)
         self.seen.append((*sizes, stream, self.arguments(extra, 0)))
         return self.failing.pop() if self.failing else 0
 
@@ -366,6 +368,12 @@ def test_what_the_driver_is_given(hip: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(driver, "_raw_stream", lambda device: 0xABCDEF0123)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     kernel = driver.Kernel(Binary("k", b"", 128, 4096, "QiiQ", "QiiQQ", ("a", "b")), 0)
+    dependent = driver.Kernel(Binary("k", b"", 32, 0, "Q", "Q", (), dependent=True), 0)
+    dependent(2, 1, 0x7F0000000010)
+    assert fake.seen.pop()[:8] == (2, 1, 1, 32, 1, 1, 0, 0xABCDEF0123)
+    if not hip:
+        assert fake.attributes.pop() == struct.pack("@IIII56x", 6, 0, 1, 0), "programmatic stream serialization"
+    fake.seen.pop()
     noted: list[Any] = []
     monkeypatch.setattr(driver, "observers", [lambda *launch: noted.append(launch)])
     kernel(7, 3, 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020)
@@ -375,6 +383,7 @@ def test_what_the_driver_is_given(hip: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert first[8] == struct.pack("@QiiQQ", 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020, 0)
     assert second[8] == struct.pack("@QiiQQ", 1, 2, 3, 4, 0)
     assert noted == [("k", (7, 3)), ("k", (1, 1))]
+    assert not any(fake.attributes), "none for a kernel that does not wait"
     fake.failing = [0, 201] if not hip else []
     kernel(1, 1, 1, 2, 3, 4)
     assert ("enter" in fake.seen[3:]) == (not hip), "a thread without a context gets one"

@@ -290,6 +290,13 @@ def test_what_a_kernel_must_not_do() -> None:
             run(body, programs=2)
 
 
+def test_a_kernel_waits_before_it_reads() -> None:
+    """`whole` reads before its body; a kernel that waits for the launch before it must not have done so."""
+    with pytest.raises(Fault, match=r"ld.global.v4.b32 before the wait"):
+        run("griddepcontrol.wait;")
+    assert run("griddepcontrol.launch_dependents; mov.b32 %r5, 7;")[0][0] == 7
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -32,7 +32,7 @@ def falling(key: np.ndarray, k: int) -> np.ndarray:
 def test_top_k(n: int, k: int) -> None:
     """From keys that are nearly all equal to keys far apart."""
     slots = 1 << (k - 1).bit_length()
-    pick = jax.jit(lambda key: select.top_k(key, k, slots))
+    pick = jax.jit(lambda key: select.top_k([key], k, slots))
     for spread in (1, 300, 2**31 - 1):
         key = np.random.default_rng(n + spread).integers(-spread, spread, n).astype(np.int32)
         found = pick(jnp.asarray(key))
@@ -48,6 +48,11 @@ def quick(
     columns = [jnp.asarray(column) for column in key.T]
     place, sure, members = select.quick_top_k(columns, k, slots, groups=groups, depth=depth, margin=margin, least=0)
     return np.asarray(place)[:k], bool(sure), bool(members)
+
+
+def kept_of_rows(by_group: np.ndarray, groups: select.Groups) -> np.ndarray:
+    """by_group [runs, size] without all but the best groups, each on a lane of its own."""
+    return np.stack(select.keep_groups([jnp.asarray(column) for column in by_group.T], groups), axis=1)
 
 
 def positive(seed: int, *shape: int) -> np.ndarray:
@@ -165,23 +170,21 @@ def test_in_order(slots: int) -> None:
 @pytest.mark.parametrize("top2", [True, False])
 @pytest.mark.parametrize(("runs", "n_group", "topk_group"), [(1, 1, 1), (8, 8, 4), (8, 5, 2), (32, 32, 3)])
 def test_exact_search_on_lanes(runs: int, n_group: int, topk_group: int, top2: bool, spread: int, lanes: int) -> None:
-    """The same as the one that has a row for each group: from keys that are nearly all equal to keys far apart."""
+    """The same whether a group lies on a lane or on several: from keys that are nearly all equal to keys far apart."""
     k, columns, groups = 3, 4, select.Groups(runs, n_group, topk_group, top2)
     for seed in range(2):
         key = np.random.default_rng(seed).integers(-spread, spread, (lanes, columns)).astype(np.int32)
         if top2:  # numbers, whose sums count
             numbers = np.round(positive(seed, lanes, columns).view(np.float32), 1 if spread == 2 else 6)
-            key = np.asarray(score.encode(jnp.asarray(numbers)))
-        by_group = jnp.asarray(key).reshape(runs, -1)
-        kept = select.keep_groups(by_group, n_group, topk_group, top2)
-        columns_of = lambda keys: list(jnp.asarray(keys).reshape(lanes, columns).T)
-        got = select.keep_groups_of_lanes(columns_of(key), groups)
-        if n_group < runs:  # those that are none stay out one way or the other
-            by_group = by_group.at[n_group:].set(score.EXCLUDED)
-            got, kept = select.keep_groups_of_lanes(columns_of(by_group), groups), kept.at[n_group:].set(score.EXCLUDED)
+            key = np.array(score.encode(jnp.asarray(numbers)))
+        key.reshape(runs, -1)[n_group:] = score.EXCLUDED
+        kept = kept_of_rows(key.reshape(runs, -1), groups)
+        got = select.keep_groups([jnp.asarray(column) for column in key.T], groups)
         np.testing.assert_array_equal(np.stack(got, axis=1).reshape(runs, -1), kept)
-        found = select.top_k_of_lanes(got, k, 4)
-        np.testing.assert_array_equal(found, select.top_k(kept.reshape(-1), k, 4))
+        assert (kept != score.EXCLUDED).any(axis=1).sum() == topk_group
+        found = select.top_k(got, k, 4)
+        np.testing.assert_array_equal(found, select.top_k([jnp.asarray(kept.ravel())], k, 4))
+        np.testing.assert_array_equal(found[:k], falling(kept.ravel(), k))
 
 
 def test_low_bits_that_decide_are_not_spare() -> None:
@@ -203,7 +206,7 @@ def test_quick_groups(runs: int, n_group: int, topk_group: int, top2: bool) -> N
         key = positive(seed, 32, 4)
         by_group = key.reshape(runs, -1)
         by_group[n_group:] = score.EXCLUDED
-        kept = np.asarray(select.keep_groups(jnp.asarray(by_group), n_group, topk_group, top2))
+        kept = kept_of_rows(by_group, groups)
         place, certain, members = quick(key, 4, groups=groups)
         if certain:
             sure += 1

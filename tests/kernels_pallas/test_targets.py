@@ -17,7 +17,7 @@ from jaxmoe.__main__ import main
 from kernels_pallas import catalogue
 from kernels_pallas.catalogue import CATALOGUE, Entry
 from kernels_pallas.launch import iota, launch, store
-from kernels_pallas.targets import TARGETS, compile_kernel, lower, report
+from kernels_pallas.targets import TARGETS, compile_kernel, lower, report, waits
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
 BY_NAME = {entry.name: entry for entry in CATALOGUE}
@@ -95,6 +95,17 @@ def test_one_kernel_for_every_number_of_rows(name: str) -> None:
     for few, many in zip(lowered(0.75), lowered(1), strict=True):
         assert few.sizes == many.sizes
         assert _code(few) == _code(many)
+
+
+@needs_triton
+def test_a_dependent_kernel_waits_first() -> None:
+    """Before it reads anything that others share. CUDA has such launches from sm_90 on."""
+    assert [name for name, target in TARGETS.items() if waits(target)] == ["sm_90", "sm_100"]
+    (kernel,) = BY_NAME["dispatch bfloat16"].lower("sm_90")
+    for made, count in ((kernel, 0), (kernel.waiting(), 1)):
+        ptx = compile_kernel(made, "sm_90").asm["ptx"]
+        assert (made.dependent, ptx.count("griddepcontrol.wait")) == (bool(count), count)
+        assert "griddepcontrol" not in ptx or ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
 @needs_triton
