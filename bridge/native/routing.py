@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from bridge.native.build import ALIGNMENT, JAX_DTYPES, WIDE, aligned, build, laid, rows_for, shape
+from bridge.native import guards
+from bridge.native.build import ALIGNMENT, JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.config import RoutingConfig, rule_for
 from kernels_pallas import count, route_grad, router_logits_grad
@@ -104,75 +106,74 @@ def route(
         _count(experts, load, device)
 
 
-# By config, dtypes and device: (E, S, the most tokens, the kernel for dense and aligned tensors).
-_at_once: dict[Any, tuple[int, int, int, Kernel]] = {}
+class _Known(NamedTuple):
+    """A call that went well and may come again."""
+
+    alike: Callable[..., bool]  # whether tensors are like those of that call
+    kernel: Kernel
+    logits_bytes: int
+    bias_bytes: int
+    written_bytes: int  # of weights, and of experts
+
+
+# By config and shape of the logits; more than one where bias, dtypes, devices or torch's modes differ.
+_known: dict[tuple[str, torch.Size], list[_Known]] = {}
+_MOST_KNOWN = 4
 
 
 def route_at_once(
     logits: torch.Tensor, bias: torch.Tensor | None, config: str, weights: torch.Tensor, experts: torch.Tensor
 ) -> bool:
-    """`route`, if this is the usual call in which nothing can be wrong; else False, and nothing has been done.
+    """`route`, if a call like this one is known to be right; else False, and nothing has been done.
 
     An engine routes for every layer and step, and the checks that can say what is wrong take longer than the launch.
+    What can differ between tensors that are alike is where they lie.
     """
-    dtype, device = logits.dtype, logits.get_device()
-    known = _at_once.get((config, dtype, None if bias is None else bias.dtype, device))
-    if known is None:
-        return _prepare(logits, bias, config)
-    num_experts, num_slots, most, kernel = known
     shape = logits.shape
-    tokens = shape[0]
-    sizes = (tokens, num_slots)
-    if not (
-        shape == (tokens, num_experts)
-        and 0 < tokens <= most
-        and weights.shape == sizes
-        and experts.shape == sizes
-        and weights.dtype is FLOAT32
-        and experts.dtype is INT32
-        and logits.is_contiguous()
-        and weights.is_contiguous()
-        and experts.is_contiguous()
-        and weights.get_device() == device
-        and experts.get_device() == device
-        and not (logits.requires_grad or weights.requires_grad)
-    ):
+    for known in _known.get((config, shape), ()):
+        if bias is None:
+            if not known.bias_bytes and known.alike(logits, weights, experts):
+                break
+        elif known.bias_bytes and known.alike(logits, bias, weights, experts):
+            break
+    else:
         return False
-    a, b, c, written = logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), 4 * tokens * num_slots
-    a_end, b_end, c_end = a + logits.nbytes, b + written, c + written
-    if (a | b | c) % ALIGNMENT or not (
-        (a_end <= b or b_end <= a) and (a_end <= c or c_end <= a) and (b_end <= c or c_end <= b)
+    _, kernel, logits_bytes, bias_bytes, written = known
+    tokens = shape[0]
+    a, b, c = logits.data_ptr(), weights.data_ptr(), experts.data_ptr()
+    if (
+        (a | b | c) % ALIGNMENT
+        or -logits_bytes < a - b < written
+        or -logits_bytes < a - c < written
+        or -written < b - c < written
     ):
         return False
     if bias is None:
         kernel(tokens, 1, a, tokens, b, c)
         return True
     d = bias.data_ptr()
-    d_end = d + bias.nbytes
-    if (
-        d % ALIGNMENT
-        or bias.shape != (num_experts,)
-        or bias.get_device() != device
-        or not bias.is_contiguous()
-        or bias.requires_grad
-        or not ((d_end <= b or b_end <= d) and (d_end <= c or c_end <= d))
-    ):
+    if d % ALIGNMENT or -bias_bytes < d - b < written or -bias_bytes < d - c < written:
         return False
     kernel(tokens, 1, a, d, tokens, b, c)
     return True
 
 
-def _prepare(logits: torch.Tensor, bias: torch.Tensor | None, config: str) -> bool:
-    """Makes the kernel that `route_at_once` will find next time."""
-    known, bias_dtype = config_of(config), None if bias is None else bias.dtype
-    dtype, device, experts = logits.dtype, logits.get_device(), known.num_experts
-    if dtype in JAX_DTYPES and (bias is None or bias_dtype in JAX_DTYPES) and INT32 not in (dtype, bias_dtype):
-        made_for = route_kernels.config_for(1, experts, _platform())
-        assert made_for.rows == 1
-        kernel = _route(config, dtype, bias_dtype, None, False, experts, 1, 0, made_for, True, device)
-        most = min(route_kernels.FEW, WIDE // (experts * dtype.itemsize))
-        _at_once[config, dtype, bias_dtype, device] = experts, known.num_slots, most, kernel
-    return False
+def remember_route(
+    logits: torch.Tensor, bias: torch.Tensor | None, config: str, weights: torch.Tensor, experts: torch.Tensor
+) -> None:
+    """Lets `route_at_once` have the next call like this one, which `route` has just done."""
+    tokens, width = logits.shape
+    tensors = [logits, *([] if bias is None else [bias]), weights, experts]
+    usual = 0 < tokens <= route_kernels.FEW and logits.is_contiguous() and rows_for(tokens, width, logits.itemsize) == 1
+    made_for = route_kernels.config_for(tokens, width, _platform())
+    if not usual or made_for.rows != 1 or not aligned(*(tensor.data_ptr() for tensor in tensors)):
+        return
+    alike, known = guards.alike(tensors), _known.setdefault((config, logits.shape), [])
+    if alike is None or len(known) >= _MOST_KNOWN:
+        return
+    bias_dtype, bias_bytes = (None, 0) if bias is None else (bias.dtype, bias.nbytes)
+    kernel = _route(config, logits.dtype, bias_dtype, None, False, width, 1, 0, made_for, True, logits.get_device())
+    known.append(_Known(alike, kernel, logits.nbytes, bias_bytes, weights.nbytes))
 
 
 @functools.cache

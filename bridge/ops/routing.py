@@ -121,14 +121,16 @@ def _route_out_native(
     experts: Tensor,
     load: Tensor | None,
 ) -> None:
-    plain = valid is None and number is None and load is None
-    if not (plain and native.route_at_once(logits, bias, config, weights, experts)):
+    usual = valid is None and number is None and load is None
+    if not (usual and native.route_at_once(logits, bias, config, weights, experts)):
         _check_route_out(logits, bias, valid, number, config, weights, experts, load)
         check_out(
             {"out.weights": weights, "out.experts": experts, "out.load": load},
             {"logits": logits, "bias": bias, "num_valid_tokens": valid},
         )
         native.route(logits, bias, valid, number, config, weights, experts, load)
+        if usual:
+            native.remember_route(logits, bias, config, weights, experts)
     increment_version([weights, experts] if load is None else [weights, experts, load])
 
 

@@ -156,6 +156,7 @@ def clear() -> None:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
+    routing._known.clear()
 
 
 def step(tokens: int, *, shifted: bool = False) -> None:
