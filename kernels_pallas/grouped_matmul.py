@@ -5,7 +5,8 @@ its rows by itself: it adds up how many tiles of rows each expert takes. There a
 tiles; those past the last tile end at once. Rows behind the last group are a group without an expert: their product has
 no terms, so they come out as zeros.
 
-A tile loads whole blocks, rows of the next group included: what comes of those is not stored.
+A tile loads whole blocks, rows of the next group included: what comes of those is not stored. A group's last tile is
+half as high where that is enough, so that little of such work is done.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Config:
     together: int  # tiles of rows that go through the columns side by side: they share weights in the L2 cache
     num_warps: int
     num_stages: int
+    last_rows: int = 0  # of a group's last tile, where that is enough; 0: all tiles are of one size
 
     def stage_bytes(self, itemsize: int, parts: int = 1) -> int:
         """What a step along K takes; the gate and up are two parts."""
@@ -61,7 +63,7 @@ def config_for(
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
     elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
-        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4)
+        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
     elif rows == 128:  # fewer registers, without Hopper's instructions: not measured
         config = Config(rows, 128, 64, 8, num_warps=4, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout
@@ -118,9 +120,10 @@ def _kernel(
     end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), num_rows)
     end = jnp.minimum(end, num_rows)  # whatever the sizes say
 
-    @pl.when(row < end)
-    def _() -> None:
-        weight_of = jnp.minimum(mine, num_experts - 1)
+    weight_of = jnp.minimum(mine, num_experts - 1)
+
+    def compute(m: int) -> None:
+        """The tile's first m rows; it has no others."""
         a_row = jnp.minimum(row + iota((m, k), 0), num_rows - 1)
         b_column = column + iota((k, n), 1)
 
@@ -146,6 +149,18 @@ def _kernel(
             store(kept_ref[0].at[out_row, part * width + out_column], total.astype(out_ref.dtype), mask=mask)
         result = totals[0] if activation is None else ACTIVATIONS[activation](totals[0]) * totals[1]
         store(out_ref.at[out_row, out_column], result.astype(out_ref.dtype), mask=mask)
+
+    few = config.last_rows
+
+    @pl.when(row + few < end)
+    def _() -> None:
+        compute(m)
+
+    if few:
+
+        @pl.when((row < end) & (row + few >= end))
+        def _() -> None:
+            compute(few)
 
 
 def grouped_matmul(
