@@ -28,6 +28,7 @@ from kernels_pallas.grouped_matmul import Config
 Tensor = torch.Tensor
 WIDTH, INNER, EXPERTS = matmuls.WIDTH, matmuls.INNER, matmuls.EXPERTS
 PLAIN = [
+    Config(128, 256, 64, 8, 8, 4),
     Config(128, 256, 64, 8, 8, 3),
     Config(128, 256, 64, 4, 8, 4),
     Config(128, 256, 64, 16, 8, 4),

@@ -20,23 +20,47 @@ Static = tuple[str | None, str, bool]  # implementation, activation, transposed
 
 
 def gated(
-    static: Static, rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, keep: bool
+    static: Static,
+    x: jax.Array,
+    gate_up: jax.Array,
+    group_sizes: jax.Array,
+    plan: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    keep: bool,
 ) -> tuple[jax.Array, ...]:
-    """(activation(gate) * up [M, I],), and with `keep` (gate, up) [M, 2 * I] too."""
+    """(activation(gate) * up [M, I],), and with `keep` (gate, up) [M, 2 * I] too, of x [M, H].
+
+    With (rows, slots) of a plan x are tokens [T, H], which are dispatched as they are read.
+    """
     implementation, activation, transposed = static
     width = gate_up.shape[1 if transposed else 2] // 2
+    num_rows = x.shape[0] if plan is None else plan[1].shape[0]
 
-    def kernels(*args: jax.Array, target: str, interpret: bool) -> tuple[jax.Array, ...]:
+    def kernels(
+        x: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, plan: Any, *, target: str, interpret: bool
+    ) -> tuple[jax.Array, ...]:
+        rows, slots = plan or (None, None)
         return gated_kernel(
-            *args, activation=activation, transposed=transposed, keep=keep, target=target, interpret=interpret
+            x,
+            gate_up,
+            group_sizes,
+            activation=activation,
+            transposed=transposed,
+            keep=keep,
+            slots=slots,
+            num_slots=0 if rows is None else rows.shape[1],
+            target=target,
+            interpret=interpret,
         )
 
-    def xla(*args: jax.Array) -> tuple[jax.Array, ...]:
-        return reference.gated_matmul(*args, activation=activation, transposed=transposed)[: 2 if keep else 1]
+    def xla(x: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, plan: Any) -> tuple[jax.Array, ...]:
+        held = x if plan is None else reference.dispatch(x, *plan)
+        both = reference.gated_matmul(held, gate_up, group_sizes, activation=activation, transposed=transposed)
+        return both[: 2 if keep else 1]
 
-    if 0 in (*rows.shape, width):
-        return tuple(jnp.zeros((rows.shape[0], w), rows.dtype) for w in (width, 2 * width)[: 2 if keep else 1])
-    return run(implementation, kernels, xla, rows, gate_up, group_sizes)
+    if 0 in (*x.shape, num_rows, width):
+        return tuple(jnp.zeros((num_rows, w), x.dtype) for w in (width, 2 * width)[: 2 if keep else 1])
+    return run(implementation, kernels, xla, x, gate_up, group_sizes, plan)
 
 
 def gated_grad(

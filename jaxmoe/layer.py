@@ -56,8 +56,7 @@ def _weighted_pass(
     keep: bool,
 ) -> tuple[jax.Array, ...]:
     static = (implementation, "silu", False)
-    held = move(implementation, x, rows, slots, None, None, x.dtype)
-    hidden, *kept = gated(static, held, gate_up, group_sizes, keep=keep)
+    hidden, *kept = gated(static, x, gate_up, group_sizes, (rows, slots), keep=keep)
     out = product(implementation, hidden, down, group_sizes, transposed=False)
     return gather(implementation, out, rows, weights, None, x.dtype), *kept
 
@@ -75,10 +74,10 @@ def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     65504 / weight on, which loss scales have to allow for.
 
     A weight's gradient, its row of the experts' result . grad, is hidden . (grad @ down.T) too, so that result is not
-    needed; and the rows that went in are dispatched again.
+    needed; and the rows that went in, which the forward pass only gathered, are dispatched now.
     """
     kept, x, rows, slots, group_sizes, weights, gate_up, down = saved
-    # Or XLA would see that they were dispatched before, and keep them until now.
+    # Or XLA, where it dispatches itself, would see that it did so before, and keep them until now.
     x, grad = jax.lax.optimization_barrier((x, grad))
     scale = jnp.zeros(slots.shape, jnp.float32)
     if 0 not in rows.shape:

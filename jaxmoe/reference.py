@@ -164,8 +164,7 @@ def dispatch(
     x: jax.Array, rows: jax.Array, slots: jax.Array, scale: jax.Array | None = None, dtype: Any = None
 ) -> jax.Array:
     """[M, H]."""
-    token = jnp.maximum(slots, 0) // rows.shape[1]
-    value = x[token]
+    value = x[jnp.maximum(slots, 0) // rows.shape[1]]
     if scale is not None:
         value = value.astype(jnp.float32) * scale.reshape(-1)[jnp.maximum(slots, 0)][:, None].astype(jnp.float32)
     return jnp.where((slots >= 0)[:, None], value, 0).astype(dtype or x.dtype)

@@ -178,14 +178,22 @@ def _grouped(
     transposed: bool = False,
     activation: str | None = None,
     keep: bool = False,
+    num_slots: int = 0,
 ) -> Entry:
-    """With an activation, `width` is that of gate and up together."""
+    """With an activation, `width` is that of gate and up together; with slots the rows are tokens, gathered."""
     weight = (experts, width, depth) if transposed else (experts, depth, width)
     args = (_shape(dtype, rows, depth), _shape(dtype, *weight), _shape(I32, experts))
     if activation is None:
         fn: Callable[..., Any] = functools.partial(grouped_matmul, transposed=transposed)
         return Entry(f"grouped_matmul {name}", ("grouped_matmul",), fn, args)
     fn = functools.partial(gated_matmul, transposed=transposed, activation=activation, keep=keep)
+    if num_slots:
+        slots = _shape(I32, rows * num_slots)
+
+        def gathering(*arrays: Any, **options: Any) -> Any:
+            return fn(*arrays[:3], slots=arrays[3], num_slots=num_slots, **options)
+
+        return Entry(f"gated_matmul {name}", ("gated_matmul",), gathering, (*args, slots))
     return Entry(f"gated_matmul {name}", ("gated_matmul",), fn, args)
 
 
@@ -272,6 +280,17 @@ CATALOGUE: tuple[Entry, ...] = (
     _grouped("bfloat16, ragged sizes", BF16, 777, 7, 1001, 333),
     _grouped("float32, ragged sizes", F32, 777, 7, 1001, 333),
     _grouped("silu, bfloat16, kept", BF16, 32768, 32, activation="silu", keep=True),
+    _grouped("silu, bfloat16, gathered, low last tiles", BF16, 1024, 32, activation="silu", num_slots=8),
+    _grouped(
+        "silu, bfloat16, gathered, kept, transposed",
+        BF16,
+        4096,
+        32,
+        transposed=True,
+        activation="silu",
+        keep=True,
+        num_slots=8,
+    ),
     _grouped("gelu_tanh, bfloat16, few rows, transposed", BF16, 512, 256, transposed=True, activation="gelu_tanh"),
     _grouped("gelu, float32, ragged sizes", F32, 777, 7, 1001, 666, activation="gelu"),
     _gated_grad("silu, bfloat16, scaled", BF16, 32768, 2048, "silu", scaled=True),

@@ -63,7 +63,9 @@ def config_for(
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
     elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
-        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
+        # Many rows take hardly less time with low last tiles, or a little more (1024 each: 3 % more).
+        last_rows = 64 if num_rows <= 512 * num_experts else 0
+        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=last_rows)
     elif rows == 128:  # fewer registers, without Hopper's instructions: not measured
         config = Config(rows, 128, 64, 8, num_warps=4, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout
@@ -93,16 +95,17 @@ def _kernel(
     rows_ref: Any,
     weight_ref: Any,
     sizes_ref: Any,
-    out_ref: Any,
-    *kept_ref: Any,
+    *refs: Any,
     config: Config,
     num_experts: int,
     depth: int,
     width: int,
     transposed: bool,
     activation: str | None,
+    num_slots: int,
     num_rows: Any,
 ) -> None:
+    slots_ref, (out_ref, *kept_ref) = (refs[0], refs[1:]) if num_slots else (None, refs)
     m, n, k = config.rows, config.columns, config.depth
     turn = config.together * pl.cdiv(width, n)  # tiles of rows take turns at one tile of columns, then at the next
     program = pl.program_id(0)
@@ -124,12 +127,20 @@ def _kernel(
 
     def compute(m: int) -> None:
         """The tile's first m rows; it has no others."""
-        a_row = jnp.minimum(row + iota((m, k), 0), num_rows - 1)
+        if slots_ref is None:
+            a_row, held = jnp.minimum(row + iota((m, k), 0), num_rows - 1), None
+        else:
+            at = row + iota((m, 1), 0)
+            slot = load(slots_ref.at[at], mask=at < end, other=-1)
+            a_row = jnp.broadcast_to(jnp.maximum(slot, 0) // num_slots, (m, k))
+            held = jnp.broadcast_to(slot >= 0, (m, k))
         b_column = column + iota((k, n), 1)
 
         def step(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             a_depth, b_depth = i * k + iota((m, k), 1), i * k + iota((k, n), 0)
-            a = load_masked(rows_ref.at[a_row, a_depth], within((a_depth, depth, k)))
+            a_mask = within((a_depth, depth, k))
+            a_mask = held if a_mask is None else a_mask if held is None else a_mask & held
+            a = load_masked(rows_ref.at[a_row, a_depth], a_mask)
             mask = within((b_depth, depth, k), (b_column, width, n))
 
             def add(part: int, total: jax.Array) -> jax.Array:
@@ -189,6 +200,7 @@ def grouped_matmul(
         width=width,
         transposed=transposed,
         activation=None,
+        num_slots=0,
     )
     return launch(
         kernel,
@@ -214,6 +226,8 @@ def gated_matmul(
     activation: str,
     transposed: bool = False,
     keep: bool = False,
+    slots: jax.Array | None = None,
+    num_slots: int = 0,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
@@ -222,8 +236,11 @@ def gated_matmul(
 
     gate_up [E, H, 2 * I], or [E, 2 * I, H] where `transposed`; the rest as in `grouped_matmul`. With `keep` there is a
     second result, gate and up themselves [M, 2 * I] in rows' dtype, as a gradient needs them.
+
+    With slots int32 [M], a plan's, and its num_slots (S) the rows are gathered as they are read: `rows` are the tokens,
+    [T, at least H], and row i is that of token slots[i] // S, or zeros where slots[i] is -1.
     """
-    num_rows, depth = rows.shape
+    num_rows, depth = rows.shape[0] if slots is None else slots.shape[0], gate_up.shape[2 if transposed else 1]
     num_experts, width = gate_up.shape[0], gate_up.shape[1 if transposed else 2] // 2
     config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, gated=True, room=room())
     kernel = functools.partial(
@@ -234,12 +251,14 @@ def gated_matmul(
         width=width,
         transposed=transposed,
         activation=activation,
+        num_slots=0 if slots is None else num_slots,
     )
     return launch(
         kernel,
         rows,
         gate_up,
         group_sizes,
+        *([] if slots is None else [slots]),
         name="gated_matmul",
         grid=grid_for(num_rows, num_experts, width, config),
         sizes={"num_rows": num_rows},

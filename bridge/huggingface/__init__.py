@@ -63,11 +63,11 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
     """Puts the MoE layers of a transformers model on jaxmoe, in place.
 
     Routers run `bridge.router_logits` and `bridge.route` on their weight and bias as they are stored, whatever their
-    dtype; experts run `bridge.plan_dispatch`, `dispatch`, `experts` and `combine`. What the kernels read is made
-    contiguous here, once; parameters and buffers stay the same objects, with the same names and shapes, so checkpoints
-    load before and after. Router logits are float32 in every model, also in those whose own routers round them to the
-    activations' dtype before they choose. The first layers of DeepSeek-V4, which choose experts by token id, keep their
-    router and their shared expert.
+    dtype; experts run `bridge.plan_dispatch`, `dispatch`, `experts` and `combine`, on a GPU as `bridge.moe` does: the
+    first product gathers tokens as it reads them. What the kernels read is made contiguous here, once; parameters and
+    buffers stay the same objects, with the same names and shapes, so checkpoints load before and after. Router logits
+    are float32 in every model, also in those whose own routers round them to the activations' dtype before they choose.
+    The first layers of DeepSeek-V4, which choose experts by token id, keep their router and their shared expert.
 
     Args:
       model: a transformers model, or a part of one, of a family that `RoutingConfig.from_hf` knows.

@@ -9,6 +9,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 import bridge
+from bridge import path
+from bridge.ops import layer
 from jaxmoe import RoutingConfig
 
 _SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
@@ -57,12 +59,16 @@ def experts_forward(
     up, down = (weight if self.is_transposed else weight.mT for weight in (up, self.down_proj))
     ids = top_k_index.to(torch.int32)  # those of a patched router are
     plan = bridge.plan_dispatch(ids, down.shape[0])
-    rows = bridge.dispatch(hidden_states.to(down.dtype), plan)  # they differ under autocast alone
+    x = hidden_states.to(down.dtype)  # they differ under autocast alone
+    normed = getattr(self, "has_post_expert_norm", False)  # transformers 5.20 brought it
+    if _is_swiglu(self) and not normed and path.takes_ops(x, None):
+        return layer.weighted(x, plan, top_k_weights, up, down).to(hidden_states.dtype)
+    rows = bridge.dispatch(x, plan)
     if _is_swiglu(self):
         rows = bridge.experts(rows, up, down, plan.group_sizes)
     else:
         rows = _mlp(self, rows, up, down, ids, plan)
-    if getattr(self, "has_post_expert_norm", False):  # transformers 5.20 brought it
+    if normed:
         rows = self.post_expert_norm(rows)
     return bridge.combine(rows, plan, top_k_weights).to(hidden_states.dtype)
 

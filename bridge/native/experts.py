@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bridge.native import build as building
-from bridge.native.build import JAX_DTYPES, aligned, build, rows_for, shape
+from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
 from kernels_pallas import gated_grad as gated_kernels
 from kernels_pallas import grouped_matmul as kernels
@@ -37,6 +37,7 @@ def _matmul(
     keep: bool,
     transposed: bool,
     rows: int,
+    gathered: tuple[int, int, int, int] | None,  # the stride, tokens and divisor of `laid`, and slots a token
     config: kernels.Config,
     is_aligned: bool,
     device: int,
@@ -51,18 +52,28 @@ def _matmul(
         arrays["gate_up"] = shape(dtype, *sizes)
         static |= {"activation": activation, "keep": keep}
         function = kernels.gated_matmul
-    return build(function, device, is_aligned, **arrays, group_sizes=shape(INT32, sizes[0]), **static)[0]
+    arrays["group_sizes"] = shape(INT32, sizes[0])
+    if gathered:
+        stride, tokens, static["divisor"], static["num_slots"] = gathered
+        arrays |= {"rows": shape(dtype, tokens, stride), "slots": shape(INT32, rows)}
+    return build(function, device, is_aligned, **arrays, **static)[0]
 
 
 def _run(
-    rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, activation: str | None, *outs: torch.Tensor
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    group_sizes: torch.Tensor,
+    activation: str | None,
+    *outs: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    num_slots: int = 0,
 ) -> None:
-    num_rows, depth = rows.shape
-    if outs[0].numel() == 0 or depth == 0:
+    (num_rows, width), (num_tokens, depth) = outs[0].shape, rows.shape
+    if 0 in (num_rows, width, num_tokens, depth):
         for out in outs:
             out.zero_()
         return
-    num_experts, width, transposed = weight.shape[0], outs[0].shape[1], is_transposed(weight)
+    num_experts, transposed = weight.shape[0], is_transposed(weight)
     config = kernels.config_for(
         num_rows,
         num_experts,
@@ -74,6 +85,12 @@ def _run(
         room=building.target_of(rows.get_device()).shared_bytes,
     )
     ins, into = [tensor.data_ptr() for tensor in (rows, weight, group_sizes)], [out.data_ptr() for out in outs]
+    gathered: tuple[int, int, int, int] | None = None
+    distance: tuple[int, ...] = ()
+    if slots is not None:
+        ins.append(slots.data_ptr())
+        stride, tokens, divisor, distance = laid(rows, num_tokens)
+        gathered = stride, tokens, divisor, num_slots
     kernel = _matmul(
         rows.dtype,
         tuple(weight.mT.shape if transposed else weight.shape),
@@ -81,12 +98,13 @@ def _run(
         len(outs) > 1,
         transposed,
         rows_for(num_rows, max(depth, outs[-1].shape[1]), rows.itemsize),
+        gathered,
         config,
         aligned(*ins, *into),
         rows.get_device(),
     )
     (programs,) = kernels.grid_for(num_rows, num_experts, width, config)
-    kernel(programs, 1, *ins, num_rows, *into)
+    kernel(programs, 1, *ins, num_rows, *distance, *into)
 
 
 def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
@@ -95,10 +113,19 @@ def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.
 
 
 def gated_matmul(
-    rows: torch.Tensor, gate_up: torch.Tensor, group_sizes: torch.Tensor, activation: str, *outs: torch.Tensor
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    group_sizes: torch.Tensor,
+    activation: str,
+    *outs: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    num_slots: int = 0,
 ) -> None:
-    """Fills the first of `outs`, [M, I], with activation(gate) * up, and a second with gate and up side by side."""
-    _run(rows, gate_up, group_sizes, activation, *outs)
+    """Fills the first of `outs`, [M, I], with activation(gate) * up, and a second with gate and up side by side.
+
+    With a plan's slots [M] `rows` are the tokens [T, H], which may lie apart: row i is token slots[i] // num_slots.
+    """
+    _run(rows, gate_up, group_sizes, activation, *outs, slots=slots, num_slots=num_slots)
 
 
 @functools.cache

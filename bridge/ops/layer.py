@@ -15,6 +15,18 @@ from bridge.ops.weighted_experts import weighted_experts
 Tensor = torch.Tensor
 
 
+def weighted(
+    x: Tensor,
+    plan: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    """dispatch, experts and combine: [T, H] of x [T, H], a plan's (rows, slots, group_sizes) and weights [T, S]."""
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
+    return weighted_experts(x, *plan, weights, gate_up, down, keep)[0]
+
+
 def _moe(
     x: Tensor,
     router: Tensor,
@@ -27,10 +39,8 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = router_logits(x, router)
     weights, chosen, load = route(logits, bias, valid, number, config, True)
-    rows, slots, sizes = plan_dispatch(chosen, config_of(config).num_expert_ids, 1, None)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
-    y, _ = weighted_experts(x, rows, slots, sizes, weights, gate_up, down, keep)
-    return y, weights, chosen, load
+    plan = plan_dispatch(chosen, config_of(config).num_expert_ids, 1, None)
+    return weighted(x, plan, weights, gate_up, down), weights, chosen, load
 
 
 def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The torch op of what lies behind routing: dispatch, the experts and combine, with one derivative for all of it.
 
-Its backward pass needs none of the rows that the forward pass made but gate and up: see `jaxmoe.layer`.
+Tokens are gathered by the first product as it reads them, so no row is dispatched in the forward pass. The backward
+pass needs none of the rows that the forward pass made but gate and up: see `jaxmoe.layer`.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def _native(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, keep)
-    held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
-    moves.dispatch(x, rows, slots, None, held)
-    native.gated_matmul(held, gate_up, group_sizes, ACTIVATION, hidden, *([kept] if keep else []))
-    native.grouped_matmul(hidden, down, group_sizes, held)  # over the tokens, which nobody reads any more
-    moves.combine(held, rows, weights, y)
+    hidden, out = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
+    to, num_slots = [hidden, kept] if keep else [hidden], rows.shape[1]
+    native.gated_matmul(x, gate_up, group_sizes, ACTIVATION, *to, slots=slots, num_slots=num_slots)
+    native.grouped_matmul(hidden, down, group_sizes, out)
+    moves.combine(out, rows, weights, y)
     return y, kept
 
 

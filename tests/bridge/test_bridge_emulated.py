@@ -328,6 +328,29 @@ def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emu
     oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"extra": 8}, {"extra": 3}, {"offset": 1}], ids=["", "strided", "odd stride", "shifted"]
+)
+def test_gated_matmul_gathers(how: dict[str, int], emulator: Emulator) -> None:
+    """Tokens that the product gathers, in high tiles and low last ones, as if they had been dispatched."""
+    ids = np.array([[0, 2]] * 60 + [[2, -1]] * 9 + [[3, 0]], np.int32)  # 61 rows, 0, 69 and 1, padded
+    found = plan(emulator, PlanCase("", 4, align=4, tokens=70, ids=lambda t, s: ids))
+    x, gate_up = normal(0, 70, 40, dtype=BF16), normal(1, 4, 40, 48, dtype=BF16, scale=0.2)
+    weight, sizes = emulator.put(gate_up), emulator.put(found.group_sizes)
+    slots = emulator.put(found.slots, how.get("offset", 0))
+    results = []
+    for held, more in (
+        (emulator.put(x, **how), {"slots": slots, "num_slots": 2}),
+        (emulator.put(np.where(found.slots[:, None] >= 0, np.asarray(x)[found.slots // 2], 0).astype(BF16)), {}),
+    ):
+        outs = [emulator.empty(len(found.slots), n, dtype=torch.bfloat16) for n in (24, 48)]
+        experts.gated_matmul(held, weight, sizes, "silu", *outs, **more)
+        results.append(outs)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+    assert float(results[0][1].float().abs().max()) > 1
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_weighted_experts(transposed: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op of dispatch, experts and combine, forward and backward, with dropped pairs and rows that hold nothing."""

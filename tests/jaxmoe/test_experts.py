@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import jaxmoe
+from jaxmoe.experts import gated
 from kernels_pallas.activation import ACTIVATIONS
 from kernels_pallas.grouped_matmul import Config, gated_matmul
 from kernels_pallas.launch import runtime_sizes
 from tests import oracle
 from tests.cases import BF16, F16, F32, normal
+from tests.check_plan import PLAN_CASES, PlanCase
 
 I32 = jnp.int32
 EXACT: dict[str, Any] = {
@@ -176,12 +178,13 @@ def test_vmap(implementation: str) -> None:
         oracle.same(got, exact(r, gate_up, down, s, "silu"), **rounding(F32))
 
 
+@pytest.mark.parametrize("last_rows", [0, 8])
 @pytest.mark.parametrize("at_run_time", [False, True])
-def test_many_tiles(at_run_time: bool) -> None:
+def test_many_tiles(at_run_time: bool, last_rows: int) -> None:
     """The gated kernel with tiles far smaller than the arrays, the number of rows built in or passed."""
-    sizes, width, inner = (20, 0, 17), 20, 18
-    rows, gate_up = normal(0, 45, width), normal(1, 3, width, 2 * inner, scale=width**-0.5)
-    config = Config(rows=16, columns=16, depth=16, together=4, num_warps=4, num_stages=1)
+    sizes, width, inner = (20, 0, 29), 20, 18  # the last tiles have 4 rows and 13
+    rows, gate_up = normal(0, 57, width), normal(1, 3, width, 2 * inner, scale=width**-0.5)
+    config = Config(16, columns=16, depth=16, together=4, num_warps=4, num_stages=1, last_rows=last_rows)
 
     def call() -> Any:
         return gated_matmul(
@@ -197,8 +200,36 @@ def test_many_tiles(at_run_time: bool) -> None:
     ones = np.tile(np.eye(inner), (3, 1, 1))
     oracle.same(hidden, exact(rows, gate_up, ones, sizes, "silu"), **rounding(F32))
     x, w = np.asarray(rows), np.asarray(gate_up)  # not jax's product, which a GPU takes in TF32
-    both = np.concatenate([x[:20] @ w[0], x[20:37] @ w[2]])
+    both = np.concatenate([x[:20] @ w[0], x[20:49] @ w[2]])
     oracle.same(kept, np.concatenate([both, np.zeros((8, 2 * inner))]), **rounding(F32))
+
+
+GATHERED = [
+    case
+    for case in PLAN_CASES
+    if case.why.startswith(
+        ("no tokens, al", "one token", "more experts", "negative", "all dropped, al", "aligned to 4")
+    )
+]
+
+
+@pytest.mark.parametrize("case", GATHERED, ids=lambda case: case.why)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_gathered(case: PlanCase, transposed: bool, implementation: str, tokens: int | None) -> None:
+    """What the layer does first: the product that gathers tokens is that of dispatched rows, to the bit."""
+    ids, _ = case.inputs(tokens)
+    plan = jaxmoe.plan_dispatch(ids, case.num_experts, align=case.align, implementation=implementation)
+    x, gate_up = normal(0, ids.shape[0], 40, dtype=BF16), normal(1, case.num_experts, 40, 48, dtype=BF16)
+    gate_up = jnp.swapaxes(gate_up, 1, 2) if transposed else gate_up
+    static = implementation, "silu", transposed
+    rows = jaxmoe.dispatch(x, plan, implementation=implementation)
+    for keep in (True, False):
+        want = gated(static, rows, gate_up, plan.group_sizes, keep=keep)
+        got = gated(static, x, gate_up, plan.group_sizes, (plan.rows, plan.slots), keep=keep)
+        assert len(got) == len(want) == 1 + keep
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == BF16
+            np.testing.assert_array_equal(a, b, strict=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
