@@ -104,6 +104,16 @@ def experts(device: str, dtype: torch.dtype, rows: int, activation: str, *, tran
     return [*_with_gradients(y, x, gate_up, down), *_with_gradients(product, x, gate_up)]
 
 
+def layer(device: str, config: bridge.RoutingConfig, tokens: int) -> list[Tensor]:
+    """The whole layer, in which the first product gathers tokens, with all gradients."""
+    x = _random(device, 11, tokens, WIDTH, dtype=BF16).requires_grad_()
+    router = (_random(device, 12, config.num_experts, WIDTH) / 10).requires_grad_()
+    gate_up = (_random(device, 13, config.num_expert_ids, WIDTH, 2 * INNER) / 10).to(BF16).requires_grad_()
+    down = (_random(device, 14, config.num_expert_ids, INNER, WIDTH) / 6).to(BF16).requires_grad_()
+    y, routing = bridge.moe(x, bridge.MoEParams(router, gate_up, down), config)
+    return [routing.experts, *_with_gradients(y, x, router, gate_up, down)]
+
+
 def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     """(what runs, the function of a device that runs it)."""
     for tokens in (1, 3, 37):
@@ -126,6 +136,8 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
     yield "experts, many rows", functools.partial(experts, dtype=BF16, rows=600, activation="silu", transposed=False)
     yield "experts, few rows", functools.partial(experts, dtype=BF16, rows=37, activation="gelu_tanh", transposed=True)
+    yield "layer, few rows an expert", functools.partial(layer, config=GROUPED, tokens=37)
+    yield "layer, many", functools.partial(layer, config=FEW, tokens=600)
     yield "experts, float32", functools.partial(experts, dtype=F32, rows=37, activation="gelu", transposed=False)
 
 

@@ -27,6 +27,7 @@ import jaxmoe
 from bridge.native import driver
 from bridge.native.build import shape
 from bridge.native.routing import config_of
+from jaxmoe import layer
 from jaxmoe.command.audit import lowered
 
 Forward = Callable[[], Any]
@@ -69,6 +70,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         rows, gate_up, down, group_sizes, activation=activation
     ),
     "combine": lambda x, rows, slots, weights: jaxmoe.combine(x, jaxmoe.DispatchPlan(rows, slots, slots), weights),
+    "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(None, *args[:-1]),
+}
+# Whose a kernel is in an op that stands for several functions.
+_OWNERS = {
+    "weighted_experts": {"gated_matmul": "experts", "grouped_matmul": "experts", "combine": "combine"},
 }
 
 
@@ -126,12 +132,15 @@ class Recorder(TorchDispatchMode):
 
     def _run_ours(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = func._schema.name.removeprefix("jaxmoe::")
-        launched = self.counts.launches.setdefault(op, Counter())
+        launched = Counter[str]()
         with _observed(launched):
             result = func(*args, **kwargs)
         if not args[0].is_cuda:
             arrays = (shape(value.dtype, *value.shape) if isinstance(value, torch.Tensor) else value for value in args)
             launched.update(_kernels_of(op, *arrays))
+        for kernel, number in launched.items():
+            owner = _OWNERS[op][kernel] if op in _OWNERS else op
+            self.counts.launches.setdefault(owner, Counter())[kernel] += number
         return result
 
     def _count(self, op: str, args: tuple[Any, ...], result: Any) -> None:

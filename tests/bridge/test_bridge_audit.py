@@ -20,6 +20,7 @@ import bridge
 import jaxmoe
 from bridge import audit, counting
 from bridge.native.driver import observers
+from bridge.ops import layer as ops
 from jaxmoe.__main__ import main
 from jaxmoe.command.audit import layer, lowered
 from tests.cases import normal
@@ -55,8 +56,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(theirs["casts"].values()) >= 3, "tokens, router weight, and the sum over experts back"
     assert theirs["operations"]["aten::topk"] == 3
     assert sum(theirs["operations"].values()) > 30
-    for column in columns.values():
-        assert column["launches"] == KERNELS
+    gathered = {name: kernels for name, kernels in KERNELS.items() if name != "dispatch"}
+    for name, column in columns.items():
+        assert column["launches"] == (gathered if name.startswith("patched") else KERNELS)
         assert not column["casts"]
         assert not column["copies"]
     shared = {"aten::mm": 3, "aten::silu": 1, "aten::mul": 1, "aten::add": 1}
@@ -119,25 +121,25 @@ def test_no_size_breaks_a_limit(tokens: int, dtype: str) -> None:
     assert (counts.allocations, counts.allocated_bytes) == (1 + 2 + 3 + 1 + 1 + 1, integers_and_weights + rows)
 
 
-def with_cast(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
-    return dispatch(x.float().to(x.dtype), plan, **options)
+def with_cast(function: Any, x: Any, *args: Any, **options: Any) -> Any:
+    return function(x.float().to(x.dtype), *args, **options)
 
 
-def with_copy(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
-    return dispatch(x.clone(), plan, **options)
+def with_copy(function: Any, x: Any, *args: Any, **options: Any) -> Any:
+    return function(x.clone(), *args, **options)
 
 
-def twice(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
-    dispatch(x, plan, **options)
-    return dispatch(x, plan, **options)
+def twice(function: Any, *args: Any, **options: Any) -> Any:
+    function(*args, **options)
+    return function(*args, **options)
 
 
-def never(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
-    return x.new_empty(plan.slots.shape[0], x.shape[1])
+def never(function: Any, x: Any, plan: Any, *args: Any, **options: Any) -> Any:
+    return x.new_empty(x.shape[0] if args else plan.slots.shape[0], x.shape[1])
 
 
-def with_sum(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
-    return dispatch(x + 1, plan, **options)
+def with_sum(function: Any, x: Any, *args: Any, **options: Any) -> Any:
+    return function(x + 1, *args, **options)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +153,22 @@ def with_sum(dispatch: Any, x: Any, plan: Any, **options: Any) -> Any:
     ],
 )
 def test_waste_is_noticed(change: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors, in the layer of its own and in a patched block."""
+    """On tensors, in the layer of its own and in a patched block, where experts and combine are one op."""
     monkeypatch.setattr(bridge, "dispatch", functools.partial(change, bridge.dispatch))
     assert f"{audit.OWN}: {said}" in audit.broken(audit.OWN, own())
     pytest.importorskip("transformers")
     make = functools.partial(audit._block, LAYER, patched=True, fused=True)
+    assert audit.broken(audit.FUSED, counting.count(make, "meta")) == [], "it does not dispatch"
+    monkeypatch.setattr(ops, "weighted", functools.partial(change, ops.weighted))
+    said = said.replace("of dispatch", "of combine")
     assert f"{audit.FUSED}: {said}" in audit.broken(audit.FUSED, counting.count(make, "meta"))
+
+
+def test_a_patched_model_does_not_dispatch() -> None:
+    pytest.importorskip("transformers")
+    counts = counting.count(functools.partial(audit._block, LAYER, patched=True, fused=True), "meta")
+    counts.launches["dispatch"] = Counter(dispatch=1)
+    assert audit.broken(audit.FUSED, counts) == [f"{audit.FUSED}: launches of dispatch: expected 0, got 1"]
 
 
 def test_the_load_would_be_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +210,7 @@ def test_what_the_gpu_ran_is_compared() -> None:
     assert audit.broken(audit.OWN, counts) == []
     counts.kernels["elementwise"] = 1
     assert audit.broken(audit.OWN, counts) == ["jaxmoe: other kernels: expected none, got elementwise"]
+    del counts.launches["dispatch"]
     assert audit.broken(audit.PATCHED, counts) == []
     del counts.kernels["elementwise"], counts.kernels["combine"]
     for column in (audit.OWN, audit.PATCHED):

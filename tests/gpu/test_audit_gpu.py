@@ -35,6 +35,11 @@ OURS = {
 }
 
 
+def kernels(column: str) -> Counter[str]:
+    """A patched model gathers instead of dispatching."""
+    return Counter(kernel for kernel in KERNELS if kernel != "dispatch" or column == audit.OWN)
+
+
 @pytest.fixture(params=OURS)
 def column(request: pytest.FixtureRequest) -> str:
     if request.param != audit.OWN:
@@ -52,20 +57,21 @@ def test_lowering_says_what_the_driver_launches(column: str) -> None:
     """What the command tells without a GPU is what happens on one."""
     told, seen = counting.count(OURS[column], "meta"), counting.count(OURS[column], "cuda")
     assert told.launches == seen.launches
-    assert seen.ours == Counter(KERNELS)
+    assert seen.ours == kernels(column)
     assert (told.operations, told.casts, told.copies) == (seen.operations, seen.casts, seen.copies)
     assert audit.broken(column, seen) == []
 
 
 def test_allocations(column: str) -> None:
-    """The results, and two that an op needs besides: sums of slices in router_logits, hidden rows of the experts."""
+    """The results, and what an op needs besides: sums of slices in router_logits, hidden rows of the experts; in a
+    patched model, where one op does more, also the rows that come of them."""
     told, seen = counting.count(OURS[column], "meta"), counting.count(OURS[column], "cuda")
     assert told.allocations is not None
     assert seen.allocations is not None
     if column == audit.PATCHED:  # what cuBLAS allocates for the shared expert is its own affair
-        assert seen.allocations >= told.allocations + 2
+        assert seen.allocations >= told.allocations + 3
     else:
-        assert seen.allocations == told.allocations + 2
+        assert seen.allocations == told.allocations + (2 if column == audit.OWN else 3)
 
 
 def test_the_profiler_sees_our_kernels(column: str) -> None:
@@ -75,7 +81,7 @@ def test_the_profiler_sees_our_kernels(column: str) -> None:
         assert counts.kernels >= counts.ours
         assert counts.kernels.total() > counts.ours.total()
     else:
-        assert counts.kernels == Counter(KERNELS)
+        assert counts.kernels == kernels(column)
         assert counts.transfers == Counter()
 
 
