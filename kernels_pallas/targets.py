@@ -285,7 +285,8 @@ def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kernel.name}.ttir"
         path.write_text(kernel.ttir)
-        path.write_text(_simplified(path, gpu, options))
+        # Without the folder's name in it, so that triton knows it again and takes its code from its own cache.
+        path.write_text(_simplified(path, gpu, options).replace(f"{folder}/", ""))
         compiled = triton.compile(str(path), target=gpu, options=options)
     if compiled.metadata.shared > t.shared_bytes:
         raise RuntimeError(
