@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -44,18 +45,22 @@ print(json.dumps({"call": time.perf_counter() - start, "build": sum(b.seconds fo
 """
 
 
-def host_time(call: Callable[[], Any]) -> float:
-    """Microseconds a call, the median of rounds; the GPU is idle when a round begins."""
-    call()
-    rounds = []
-    for _ in range(ROUNDS):
+def host_times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Microseconds a call, the medians of rounds; the GPU is idle when a round begins.
+
+    The calls take turns, so that what else the machine does falls on all of them.
+    """
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _, (name, call) in itertools.product(range(ROUNDS), calls.items()):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
-        rounds.append((time.perf_counter() - start) / CALLS * 1e6)
+        rounds[name].append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(rounds)
+    return {name: statistics.median(times) for name, times in rounds.items()}
 
 
 def first_call(cache: str) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def measure() -> dict[str, Any]:
             "bridge.route": lambda: bridge.route(logits, bias, config=config, return_load=False),
         }
         calls |= peers.routing_calls(logits.float(), bias)
-        micros = {name: host_time(call) for name, call in calls.items()}
+        micros = host_times(calls)
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = first_call(cache), first_call(cache)
     return {"microseconds a call": micros, "first call, cold": cold, "first call, warm": warm}

@@ -72,8 +72,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "combine": lambda x, rows, slots, weights: jaxmoe.combine(x, jaxmoe.DispatchPlan(rows, slots, slots), weights),
     "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(None, *args[:-1]),
 }
-# Whose a kernel is in an op that stands for several functions.
+# Whose a kernel is, where an op does not have a function's name.
 _OWNERS = {
+    "route_out": {"route": "route", "count_load": "route"},
     "weighted_experts": {"gated_matmul": "experts", "grouped_matmul": "experts", "combine": "combine"},
 }
 

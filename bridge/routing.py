@@ -87,6 +87,12 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise ValueError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
     valid, number = check_count(num_valid, "logits", logits)
+    if out is None and logits.ndim == 2 and path.is_eager(logits, bias, valid):
+        sizes = logits.shape[0], config.num_slots
+        weights, experts = (logits.new_empty(sizes, dtype=dtype) for dtype in (torch.float32, torch.int32))
+        load = logits.new_empty(config.num_expert_ids, dtype=torch.int32) if return_load else None
+        ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
+        return Routing(weights, experts, load)
     if out is None:
         weights, experts, load = ops.route(logits, bias, valid, number, config.json, return_load)
         return Routing(weights, experts, load if return_load else None)

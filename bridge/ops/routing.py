@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jaxmoe.arguments import Rows, dense
 from jaxmoe.config import rule_for
 
 Tensor = torch.Tensor
+# What torch.autograd.graph.increment_version calls once it has looked at what it was given, which takes as long again.
+_increment_version: Callable[[Sequence[Tensor]], None] = getattr(torch._C, "_increment_version", increment_version)
 
 
 def _check_route(logits: Tensor, bias: Tensor | None, valid: Tensor | None, number: Any, config: Any) -> None:
@@ -131,7 +134,7 @@ def _route_out_native(
         native.route(logits, bias, valid, number, config, weights, experts, load)
         if usual:
             native.remember_route(logits, bias, config, weights, experts)
-    increment_version([weights, experts] if load is None else [weights, experts, load])
+    _increment_version([weights, experts] if load is None else [weights, experts, load])
 
 
 def _route_out_plain(

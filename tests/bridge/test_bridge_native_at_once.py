@@ -1,4 +1,4 @@
-"""Routing calls that are launched without the checks which say what is wrong: those that nothing can be wrong with."""
+"""Routing calls on short ways: without the checks that nothing can fail, and without what has a gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bridge
+from bridge import path
 from bridge.native import guards, routing
 from bridge.ops import routing as ops
 
@@ -213,3 +214,57 @@ def test_without_torchs_guards_everything_is_checked(seen: Seen, monkeypatch: py
     for _ in range(3):
         usual().run()
     assert len(seen.checked) == len(seen.launches) == 3
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which op each call of `bridge.route` on CPU tensors is, through the ops as on a GPU."""
+    names: list[str] = []
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    for name in ("route", "route_out"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: names.append(name) or op(*args))
+    return names
+
+
+def test_results_are_allocated_and_filled(called: list[str]) -> None:
+    """Where nobody asks for gradients; they are those of the op that has one."""
+    logits, bias = torch.randn(5, 16), torch.randn(16)
+    for options in ({}, {"return_load": False}, {"num_valid_tokens": 3}):
+        got = bridge.route(logits, bias, config=CONFIG, **options)
+        want = bridge.route(logits.clone().requires_grad_(), bias, config=CONFIG, **options)
+        assert want.weights.requires_grad
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (torch.equal(a, b) and a.dtype == b.dtype)
+    assert called == ["route_out", "route"] * 3
+
+
+def test_where_a_graph_is_kept_the_other_op_runs(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, bias = torch.randn(5, 16), torch.randn(16)
+    asking = logits.clone().requires_grad_()
+    bridge.route(asking, bias, config=CONFIG).weights.sum().backward()
+    assert asking.grad is not None
+    bridge.route(logits, bias.clone().requires_grad_(), config=CONFIG)  # it gets none
+    with monkeypatch.context() as patch:  # tangents are carried along
+        patch.setattr(torch.autograd.forward_ad, "_current_level", 0)
+        bridge.route(logits, bias, config=CONFIG)
+    assert called == ["route"] * 3
+    with torch.no_grad():
+        bridge.route(asking, bias, config=CONFIG)
+    assert called[3:] == ["route_out"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    bridge.route(logits, bias, config=CONFIG)
+    assert called[4:] == ["route"]
+
+
+def test_what_is_wrong_is_said_of_the_arguments(called: list[str]) -> None:
+    for logits, message in (
+        (torch.zeros(3), r"logits: expected .*\[T, 16\], got float32\[3\]"),
+        (torch.zeros(3, 15), r"logits: expected .*\[T, 16\], got float32\[3, 15\]"),
+        (torch.zeros(3, 16, dtype=torch.int32), r"logits: expected .*\[T, 16\], got int32\[3, 16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bridge.route(logits, config=CONFIG)
+    with pytest.raises(ValueError, match=r"bias: expected .*\[16\], got float32\[15\]"):
+        bridge.route(torch.zeros(3, 16), torch.zeros(15), config=CONFIG)

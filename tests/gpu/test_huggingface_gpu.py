@@ -34,7 +34,8 @@ def test_same_logits_and_tokens(family: str, monkeypatch: pytest.MonkeyPatch) ->
     with patch(model):
         monkeypatch.setattr(driver, "observers", [lambda name, grid: launched.append(name)])
         torch.testing.assert_close(logits_of(model), logits, rtol=1e-4, atol=1e-4)
-        assert {"route", "plan_dispatch", "gated_matmul", "combine"} <= set(launched)
+        assert {"route", "plan_dispatch", "combine"} <= set(launched)
+        assert ("gated_matmul" in launched) != ("dispatch" in launched), "tokens are gathered, but for other experts"
         assert torch.equal(tokens_of(model), tokens)
         for layer in layers_of(model):
             layer.experts.down_proj.data = layer.experts.down_proj.data.roll(1, 0)
