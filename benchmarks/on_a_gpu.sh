@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What a change to the kernels has to go through on a GPU, in parts that each end within ten minutes:
 #
-#     benchmarks/on_a_gpu.sh tests|sanitize|bench|tiles|layers|endurance [OUT]
+#     benchmarks/on_a_gpu.sh tests|sanitize|bench|tiles|layers|endurance|counters [OUT]
 #
 # OUT (default: $OUT, or ./gpu_output) gets the logs and results. Where .peers/peers.tar.xz lies in the repository, as
 # pack_peers.sh makes it, the peers' kernels are unpacked from there (and wheels beside it installed, such as pytest-xdist);
 # else installed packages are taken, or none.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?tests, sanitize, bench, tiles, layers or endurance}
+part=${1:?tests, sanitize, bench, tiles, layers, endurance or counters}
 out=${2:-${OUT:-gpu_output}}
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
@@ -50,6 +50,9 @@ layers)
     ;;
 endurance)
     python3 -m benchmarks.endurance --output "$out/endurance.json"
+    ;;
+counters)
+    python3 -m benchmarks.counters --output "$out/counters.md"
     ;;
 *)
     echo "no such part: $part" >&2
