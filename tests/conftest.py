@@ -12,6 +12,9 @@ import pytest
 # Before jax and transformers are imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the GPU's memory too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from config classes, never fetched
+# Most of the suite's time on a CPU is LLVM optimising programs that then run once; more about that below.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{_QUICK} --xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -24,7 +27,7 @@ def has_gpu() -> bool:
 
 
 def pytest_configure() -> None:
-    """Most of the suite's time on a CPU is LLVM optimising programs that then run once."""
+    """Without a GPU jax' own optimisations are left out too."""
     import jax
 
     if not has_gpu():

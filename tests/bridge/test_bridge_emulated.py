@@ -78,7 +78,6 @@ def route(emulator: Emulator, case: Case, *, tokens: int | None = None, offset: 
             "Kimi-K2",  # twelve columns, no power of two
             "odd number of odd groups",  # runs of lanes without a group
             "E = 512, k = 10",  # picks carry their place in spare bits
-            "E = 896",  # 28 columns, depth, shared experts
             "1024 groups of one",  # more groups than lanes: the exact search alone
             "many ties, softmax",
             "softmax with a bias",
@@ -88,6 +87,8 @@ def route(emulator: Emulator, case: Case, *, tokens: int | None = None, offset: 
             "NaN and infinities in the bias",
             "logits float16, bias bfloat16",
             "no tokens",
+            # 28 columns, depth, shared experts; in CI only, since it compiles for a quarter of a minute
+            *(["E = 896"] if "JAXMOE_EVERY_TARGET" in os.environ else []),
         },
     ),
 )
