@@ -168,8 +168,8 @@ def remember_route(
     made_for = route_kernels.config_for(tokens, width, _platform())
     if not usual or made_for.rows != 1 or not aligned(*(tensor.data_ptr() for tensor in tensors)):
         return
-    alike, known = guards.alike(tensors), _known.setdefault((config, logits.shape), [])
-    if alike is None or len(known) >= _MOST_KNOWN:
+    known = _known.setdefault((config, logits.shape), [])
+    if len(known) >= _MOST_KNOWN or (alike := guards.alike(tensors)) is None:
         return
     bias_dtype, bias_bytes = (None, 0) if bias is None else (bias.dtype, bias.nbytes)
     kernel = _route(config, logits.dtype, bias_dtype, None, False, width, 1, 0, made_for, True, logits.get_device())
