@@ -260,6 +260,7 @@ def test_where_a_graph_is_kept_the_other_op_runs(called: list[str], monkeypatch:
 
 def test_what_is_wrong_is_said_of_the_arguments(called: list[str]) -> None:
     for logits, message in (
+        (torch.zeros(()), r"logits: expected .*\[T, 16\], got float32\[\]"),
         (torch.zeros(3), r"logits: expected .*\[T, 16\], got float32\[3\]"),
         (torch.zeros(3, 15), r"logits: expected .*\[T, 16\], got float32\[3, 15\]"),
         (torch.zeros(3, 16, dtype=torch.int32), r"logits: expected .*\[T, 16\], got int32\[3, 16\]"),
