@@ -75,6 +75,12 @@ def poisoned(*shape: int, dtype: Any = torch.float32, layout: str = "aligned") -
     return torch.full((count + offset,), value, dtype=dtype, device="cuda")[offset:].view(shape)
 
 
+def test_memory_is_poisoned() -> None:
+    """conftest.py fills it."""
+    for made in (torch.empty(9, device="cuda"), torch.ones(3, device="cuda").new_empty(9)):
+        assert made.isnan().all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_route(case: cases.Case, layout: str) -> None:
@@ -464,3 +470,18 @@ def test_second_gpu() -> None:
     check_plan(plan_of(plan), array(got.experts), 257)
     with pytest.raises(ValueError, match="bias: expected the device of the first argument, cuda:1, got cuda:0"):
         bridge.route(logits, torch.zeros(256, device="cuda:0"), config=V3)
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+def test_calls_alike_on_two_gpus() -> None:
+    """A call is known by its device too, and goes to that device's current stream."""
+    for seed, device in enumerate(("cuda:1", "cuda:0", "cuda:1", "cuda:0", "cuda:1")):
+        logits, bias = (tensor(cases.normal(seed, *sizes)).to(device) for sizes in ((64, 256), (256,)))
+        with torch.device(device):
+            out = bridge.Routing(torch.full((64, 9), torch.nan), torch.full((64, 9), -77, dtype=torch.int32), None)
+        stream = torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream), torch.cuda.device(0):
+            bridge.route(logits, bias, config=V3, return_load=False, out=out)
+        torch.cuda.synchronize(device)
+        check_route(routing(out), array(logits), array(bias), V3)
