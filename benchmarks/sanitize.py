@@ -18,6 +18,7 @@ import torch
 
 import bridge
 from benchmarks.operation import expect
+from bridge.compat import vllm
 from bridge.native import driver
 from kernels_pallas.catalogue import CATALOGUE
 
@@ -89,6 +90,13 @@ def moved(
     return [*plan, rows, *_with_gradients(bridge.combine(rows, plan, weights), x, weights)]
 
 
+def blocks(device: str, tokens: int, slots: int, *, here: bool = False, named: bool = False) -> list[Tensor]:
+    """vLLM's form of a plan: of all experts, of some that are here, or with names for the experts."""
+    ids = _ids(device, 4, tokens, slots, low=-1, high=75)
+    expert_map = _ids(device, 5, 73, low=-1, high=9) if here or named else None
+    return list(vllm.moe_align_block_size(ids, 16, 73, expert_map, ignore_invalid_experts=here))
+
+
 def experts(device: str, dtype: torch.dtype, rows: int, activation: str, *, transposed: bool) -> list[Tensor]:
     """The experts and a grouped product, with all gradients; rows behind the last group, and an expert without any."""
     sizes = torch.tensor([rows // 3, 0, 1, rows // 2], dtype=INT32, device=device)
@@ -134,6 +142,10 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
             functools.partial(moved, tokens=tokens, slots=slots, align=align, width=8 if tokens > 1000 else WIDTH),
         )
     yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
+    for tokens in (1, 37, 300):
+        yield f"blocks, {tokens} x 5 pairs", functools.partial(blocks, tokens=tokens, slots=5)
+    yield "blocks, here", functools.partial(blocks, tokens=50, slots=3, here=True)
+    yield "blocks, named", functools.partial(blocks, tokens=300, slots=5, named=True)
     yield "experts, many rows", functools.partial(experts, dtype=BF16, rows=600, activation="silu", transposed=False)
     yield "experts, few rows", functools.partial(experts, dtype=BF16, rows=37, activation="gelu_tanh", transposed=True)
     yield "layer, few rows an expert", functools.partial(layer, config=GROUPED, tokens=37)

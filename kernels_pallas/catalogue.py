@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.align_blocks import NAMES, align_blocks
 from kernels_pallas.combine import combine, combine_weight_grad
 from kernels_pallas.count import count_load
 from kernels_pallas.dispatch import dispatch
@@ -111,6 +112,15 @@ def _plan(
     args = (_shape(I32, tokens, slots), None if ids is None else _shape(I32, ids))
     fn = functools.partial(plan_dispatch, num_experts=experts, align=align)
     return Entry(f"plan_dispatch {name}", ("plan_dispatch",) if at_once else ("plan_count", "plan_place"), fn, args)
+
+
+def _align(
+    name: str, tokens: int, slots: int, experts: int, align: int, *, named: bool = False, at_once: bool = False
+) -> Entry:
+    args = (_shape(I32, tokens, slots), _shape(I32, experts) if named else None)
+    length = num_rows(tokens * slots, experts, align)
+    fn = functools.partial(align_blocks, num_experts=experts, align=align, length=length, named=named)
+    return Entry(f"align_blocks {name}", NAMES[:1] if at_once else NAMES[1:], fn, args)
 
 
 def _dispatch(
@@ -247,6 +257,9 @@ CATALOGUE: tuple[Entry, ...] = (
     _plan("256 experts, 64 tokens, aligned", 64, 8, 256, align=64, at_once=True),
     _plan("32 of 256 experts, mapped, aligned", 4096, 8, 32, align=128, ids=256),
     _plan("1026 experts, many tokens, aligned", 65536, 32, 1026, align=64),
+    _align("256 experts", 4096, 8, 256, 64),
+    _align("256 experts, 64 tokens", 64, 8, 256, 64, at_once=True),
+    _align("160 experts, named", 512, 6, 160, 128, named=True),
     _dispatch("bfloat16", BF16, 4096),
     _dispatch("bfloat16, aligned, into out", BF16, 4096, align=128, aliased=True),
     _dispatch("float32, over 2**31 elements", F32, LONG),

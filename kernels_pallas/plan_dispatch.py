@@ -10,6 +10,8 @@ Many pairs take two. They are cut into blocks, and runs of blocks make up chunks
 launch puts each block in order, by comparing its keys with one another, and counts each chunk's experts, block after
 block. In the second every block adds up the chunks' counts, which tells it the first free row of each expert, and gives
 its pairs, which lie in order now, to these rows. So the work grows linearly with the number of pairs.
+
+The results come in one of two forms: the plan, or (align_blocks.py) the order of pairs with each block's expert.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas import plan_forms as forms
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
+NAMES = ("plan_dispatch", "plan_count", "plan_place")  # of the kernels: the one launch, or the two
 INDEX_BITS = 16  # of a key, below the expert's; the sign stays free
 NOWHERE = 2**31 - 1  # the key of a pair that is dropped: above all others
 STRIP = 128  # pairs that are loaded at once, one a thread
 TOGETHER = 4  # strips on their way while as many are looked at
 LOW = 16  # the base in which experts have two digits, or one and a high one
-SHARE = 1024  # rows that are cleared at once
 
 
 @dataclass(frozen=True)
@@ -116,25 +119,25 @@ def _padding(count: jax.Array, align: int) -> jax.Array:
     return -count % align
 
 
-def _clear(slots_ref: Any, first: Any, rows: Any, share: Any, num_shares: Any) -> None:
-    """Writes -1 to one of `num_shares` shares of the rows from `first` on."""
-
-    def step(i: jax.Array, _: None) -> None:
-        row = first + (i * num_shares + share) * SHARE + iota((SHARE,), 0)
-        store(slots_ref.at[row], jnp.full((SHARE,), -1, jnp.int32), mask=row < rows)
-
-    jax.lax.fori_loop(0, pl.cdiv(rows - first, SHARE * num_shares), step, None)
-
-
 def _plan_kernel(
-    *refs: Any, map_size: int, num_experts: int, align: int, config: Config, num_items: Any, rows: Any, blocks: Any
+    *refs: Any,
+    map_size: int,
+    num_experts: int,
+    align: int,
+    form: str,
+    config: Config,
+    num_items: Any,
+    rows: Any,
+    blocks: Any,
 ) -> None:
-    ids_ref, *map_ref, rows_ref, slots_ref, sizes_ref = refs
+    ids_ref, *given, first_ref, second_ref, third_ref = refs
+    out = forms.results([first_ref, second_ref, third_ref], form, num_items)
+    map_ref, names_ref = forms.maps(given, form)
     program, half = pl.program_id(0), config.block // 2
     index = iota((half,), 0)
 
     def local(item: jax.Array) -> jax.Array:
-        return _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size)
+        return _local(ids_ref, map_ref, item, num_items, num_experts, map_size)
 
     def strips(i: Any) -> list[jax.Array]:
         items = [(i * TOGETHER + j) * STRIP + iota((STRIP,), 0) for j in range(TOGETHER)]
@@ -183,35 +186,45 @@ def _plan_kernel(
     def _() -> None:
         for expert, item, row in zip(pair_experts, items, places, strict=True):
             goes = expert >= 0
-            store(rows_ref.at[item], jnp.where(goes, row, -1), mask=item < num_items)
+            if out.rows is not None:
+                store(out.rows.at[item], jnp.where(goes, row, -1), mask=item < num_items)
             # Masked lanes point past the end, each elsewhere: the interpreter writes old values where the mask is off.
-            store(slots_ref.at[jnp.where(goes, row, rows + item)], item, mask=goes)
+            store(out.slots.at[jnp.where(goes, row, rows + item)], item, mask=goes)
 
     @pl.when(share >= 0)
     def _() -> None:
-        padding = _padding(size, align)
-        store(sizes_ref.at[mine], size + padding, mask=mine < num_experts)
-        _clear(slots_ref, end, rows, share, num_shares)
+        padding, inside = _padding(size, align), mine < num_experts
+        forms.fill(out.slots, out.empty, end, rows, share, num_shares)
         if align > 1:
-            first, tile = places[0] + size, (half, 64)
-
-            def clear(i: jax.Array, _: None) -> None:
-                at = i * tile[1] + iota(tile, 1)
-                inside = at < padding[:, None]
-                row = jnp.where(inside, first[:, None] + at, rows + iota(tile, 0) * tile[1] + iota(tile, 1))
-                store(slots_ref.at[row], jnp.full(tile, -1, jnp.int32), mask=inside)
-
-            jax.lax.fori_loop(0, pl.cdiv(jnp.max(padding), tile[1]), clear, None)
+            forms.fill_runs(out.slots, jnp.full((half,), out.empty, jnp.int32), places[0] + size, padding, rows)
+        if out.sizes is not None:
+            store(out.sizes.at[mine], size + padding, mask=inside)
+        else:
+            in_use, whole = jnp.where(inside, size + padding, 0) // align, pl.cdiv(rows, align)
+            forms.fill_runs(
+                out.block_experts, forms.name(names_ref, mine, num_experts), places[0] // align, in_use, whole
+            )
+            forms.fill(out.block_experts, -1, end // align, whole, share, num_shares)
+            forms.tell(out.used, end, share == 0)
 
 
 def _count_kernel(
-    *refs: Any, map_size: int, num_experts: int, config: Config, num_items: Any, rows: Any, blocks: Any, steps: Any
+    *refs: Any,
+    map_size: int,
+    num_experts: int,
+    form: str,
+    config: Config,
+    num_items: Any,
+    rows: Any,
+    blocks: Any,
+    steps: Any,
 ) -> None:
-    ids_ref, *map_ref, order_ref, counts_ref, slots_ref = refs
+    ids_ref, *given, order_ref, counts_ref, slots_ref = refs
+    map_ref = forms.maps(given, form)[0]
     block, program, ranges = config.block, pl.program_id(0), pl.cdiv(num_experts, LOW * LOW)
 
     def local(item: jax.Array) -> jax.Array:
-        return _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size)
+        return _local(ids_ref, map_ref, item, num_items, num_experts, map_size)
 
     @pl.when(program < blocks)
     def _() -> None:
@@ -249,7 +262,24 @@ def _count_kernel(
         _, total = jax.lax.fori_loop(0, steps, step, (strips(0), jnp.zeros(tile, jnp.int32)))
         put(steps, total)
 
-    _clear(slots_ref, 0, rows, program, blocks + pl.cdiv(blocks, steps) * ranges)
+    empty = -1 if form == forms.PLAN else num_items
+    forms.fill(slots_ref, empty, 0, rows, program, blocks + pl.cdiv(blocks, steps) * ranges)
+
+
+def _name_blocks(
+    out: forms.Results, names_ref: Any, end: jax.Array, align: int, num_experts: int, rows: Any, share: Any, shares: Any
+) -> None:
+    """Its share of the blocks: an expert has those that begin before its end; behind the last end they are -1."""
+    tile, whole, used = (8, end.shape[0]), pl.cdiv(rows, align), jnp.max(end)
+    forms.tell(out.used, used, share == 0)
+
+    def step(i: jax.Array, _: None) -> None:
+        block = (i * tile[0] + iota(tile[:1], 0)) * shares + share
+        expert = jnp.sum((end[None, :] <= block[:, None] * align).astype(jnp.int32), axis=1, dtype=jnp.int32)
+        name = jnp.where(block * align < used, forms.name(names_ref, expert, num_experts), -1)
+        store(out.block_experts.at[block], name, mask=block < whole)
+
+    jax.lax.fori_loop(0, pl.cdiv(whole, tile[0] * shares), step, None)
 
 
 def _place_kernel(
@@ -257,22 +287,26 @@ def _place_kernel(
     map_size: int,
     num_experts: int,
     align: int,
+    form: str,
     config: Config,
     num_items: Any,
     rows: Any,
     blocks: Any,
     steps: Any,
 ) -> None:
-    ids_ref, *map_ref, order_ref, counts_ref, _, rows_ref, slots_ref, sizes_ref = refs
+    ids_ref, *given, order_ref, counts_ref, _, first_ref, second_ref, third_ref = refs
+    out = forms.results([first_ref, second_ref, third_ref], form, num_items)
+    map_ref, names_ref = forms.maps(given, form)
     block, experts, program = config.block, next_power_of_2(num_experts), pl.program_id(0)
     start, chunk, expert = program * block, program // steps, iota((experts,), 0)
     inside = expert < num_experts
 
     before = load(counts_ref.at[program + chunk, expert], mask=inside, other=0)
     count = load(counts_ref.at[program + chunk + 1, expert], mask=inside, other=0) - before
-    item = start + iota((block,), 0)
-    dropped = _local(ids_ref, map_ref[0] if map_ref else None, item, num_items, num_experts, map_size) < 0
-    store(rows_ref.at[item], jnp.full((block,), -1, jnp.int32), mask=dropped & (item < num_items))
+    if out.rows is not None:
+        item = start + iota((block,), 0)
+        dropped = _local(ids_ref, map_ref, item, num_items, num_experts, map_size) < 0
+        store(out.rows.at[item], jnp.full((block,), -1, jnp.int32), mask=dropped & (item < num_items))
 
     tile = (min(config.chunks, max(8192 // experts, 1)), experts)
 
@@ -287,8 +321,12 @@ def _place_kernel(
     zeros = jnp.zeros((experts,), jnp.int32)
     size, before = jax.lax.fori_loop(0, pl.cdiv(config.chunks, tile[0]), add, (zeros, before))
     size = size + _padding(size, align)
-    store(sizes_ref.at[expert], size, mask=inside & (program == 0))
-    row = jnp.cumsum(size, axis=0, dtype=jnp.int32) - size + before
+    end = jnp.cumsum(size, axis=0, dtype=jnp.int32)
+    if out.sizes is not None:
+        store(out.sizes.at[expert], size, mask=inside & (program == 0))
+    else:
+        _name_blocks(out, names_ref, end, align, num_experts, rows, program, blocks)
+    row = end - size + before
     place = start + jnp.cumsum(count, axis=0, dtype=jnp.int32) - count
 
     tile = (max(2048 // experts, 1), experts)
@@ -299,10 +337,43 @@ def _place_kernel(
         item = load(order_ref.at[place[None, :] + index], mask=goes, other=0)
         # Masked lanes point past the end, each elsewhere: the interpreter writes old values back where the mask is off.
         end = iota(tile, 0) * experts + iota(tile, 1)
-        store(rows_ref.at[jnp.where(goes, item, num_items + end)], row[None, :] + index, mask=goes)
-        store(slots_ref.at[jnp.where(goes, row[None, :] + index, rows + end)], item, mask=goes)
+        if out.rows is not None:
+            store(out.rows.at[jnp.where(goes, item, num_items + end)], row[None, :] + index, mask=goes)
+        store(out.slots.at[jnp.where(goes, row[None, :] + index, rows + end)], item, mask=goes)
 
     jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[0]), give, None)
+
+
+def planned(
+    experts: jax.Array,
+    given_map: jax.Array | None,
+    form: str,
+    out_shape: list[jax.ShapeDtypeStruct],
+    names: tuple[str, str, str],
+    *,
+    num_experts: int,
+    align: int,
+    rows: int,
+    config: Config,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The results of one launch, called names[0], or of two."""
+    sizes = {**sizes_for(experts.size, num_experts, align, config), "rows": rows}
+    grids = [(programs,) for programs in grids_for(num_experts, sizes, config)]
+    ids = [experts.reshape(-1), *([] if given_map is None else [given_map])]
+    common: dict[str, Any] = {"num_experts": num_experts, "form": form, "config": config}
+    common["map_size"] = 0 if given_map is None else given_map.size
+    run = functools.partial(launch, sizes=sizes, num_warps=config.num_warps, interpret=interpret)
+    if config.chunks == 0:
+        kernel = functools.partial(_plan_kernel, **common, align=align)
+        return run(kernel, *ids, name=names[0], grid=grids[0], out_shape=out_shape)
+    shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
+    kernel = functools.partial(_count_kernel, **common)
+    shapes = [shape(experts.size), shape(num_counts(sizes), num_experts), shape(rows)]
+    found = run(kernel, *ids, name=names[1], grid=grids[0], out_shape=shapes)
+    kernel = functools.partial(_place_kernel, **common, align=align)
+    cleared = {len(ids) + 2: 1 if form == forms.PLAN else 0}  # the slots
+    return run(kernel, *ids, *found, name=names[2], grid=grids[1], out_shape=out_shape, aliases=cleared)
 
 
 def plan_dispatch(
@@ -316,26 +387,18 @@ def plan_dispatch(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0."""
-    num_items = experts.size
-    config = config or config_for(num_items, num_experts, align, target)
-    sizes = sizes_for(num_items, num_experts, align, config)
-    grids = [(programs,) for programs in grids_for(num_experts, sizes, config)]
-    ids = [experts.reshape(-1), *([] if expert_map is None else [expert_map])]
-    map_size = 0 if expert_map is None else expert_map.size
-    common: dict[str, Any] = {"map_size": map_size, "num_experts": num_experts, "config": config}
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
-    plan = [shape(num_items), shape(sizes["rows"]), shape(num_experts)]
-    run = functools.partial(launch, sizes=sizes, num_warps=config.num_warps, interpret=interpret)
-    if config.chunks == 0:
-        kernel = functools.partial(_plan_kernel, **common, align=align)
-        rows, slots, group_sizes = run(kernel, *ids, name="plan_dispatch", grid=grids[0], out_shape=plan)
-    else:
-        kernel = functools.partial(_count_kernel, **common)
-        shapes = [shape(num_items), shape(num_counts(sizes), num_experts), plan[1]]
-        found = run(kernel, *ids, name="plan_count", grid=grids[0], out_shape=shapes)
-        kernel = functools.partial(_place_kernel, **common, align=align)
-        aliases = {len(ids) + 2: 1}  # the cleared slots
-        rows, slots, group_sizes = run(
-            kernel, *ids, *found, name="plan_place", grid=grids[1], out_shape=plan, aliases=aliases
-        )
+    length = num_rows(experts.size, num_experts, align)
+    rows, slots, group_sizes = planned(
+        experts,
+        expert_map,
+        forms.PLAN,
+        [shape(experts.size), shape(length), shape(num_experts)],
+        NAMES,
+        num_experts=num_experts,
+        align=align,
+        rows=length,
+        config=config or config_for(experts.size, num_experts, align, target),
+        interpret=interpret,
+    )
     return rows.reshape(experts.shape), slots, group_sizes

@@ -81,3 +81,25 @@ def check_plan(plan: DispatchPlan, experts: Any, num_experts: int, align: int = 
     assert (slots >= 0).sum() == len(kept)
     assert (sizes % align == 0).all()
     assert sizes.sum() <= len(slots)
+
+
+def blocks_length(pairs: int, num_experts: int, align: int) -> int:
+    """As many rows as can be in use."""
+    return min(pairs * align, pairs + num_experts * (align - 1))
+
+
+def check_blocks(
+    blocks: Any, experts: Any, num_experts: int, align: int, expert_map: Any = None, *, named: bool = False
+) -> None:
+    """(pairs, block_experts, used), by the oracle; the map says where ids go or, if named, what blocks are called."""
+    pairs, block_experts, used = (np.asarray(a) for a in blocks)
+    assert pairs.dtype == block_experts.dtype == used.dtype == np.int32
+    given = None if expert_map is None else np.asarray(expert_map)
+    _, slots, sizes = oracle.plan(np.asarray(experts), num_experts, align, None if named else given)
+    names = np.repeat(given[:num_experts] if named else np.arange(num_experts), sizes // align)
+    length, total = len(pairs), np.asarray(experts).size
+    assert used.tolist() == [sizes.sum()]
+    np.testing.assert_array_equal(pairs, np.where(slots >= 0, slots, total)[:length])
+    assert (slots[length:] < 0).all()
+    assert block_experts.shape == (-(-length // align),)
+    np.testing.assert_array_equal(block_experts, [*names, *[-1] * (len(block_experts) - len(names))])

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 import bridge
 from bridge.compat import check_matrix, described, renamed, route_groups
+from bridge.ops.dispatch import align_blocks
+from jaxmoe.dispatch import check_plan_sizes
 
 __all__ = ["grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
 
@@ -127,8 +128,7 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, ...]:
     """Orders the (token, slot) pairs by expert and fills each expert up to whole blocks, for a grouped product.
 
-    Six launches, or seven: one or two for the plan, five small ones for vLLM's form of it; three more with
-    `expert_map`, three with `return_scatter_idx`, one with ids that are not int32.
+    One launch, or two for many pairs; small ones more with `return_scatter_idx`, and one with ids that are not int32.
 
     Beside vLLM: the pairs of an expert keep the order of their flat index (vLLM's may differ from run to run), and
     `expert_ids` behind the last block in use are -1 (with `expert_map` vLLM may have the map's last entry there).
@@ -171,29 +171,26 @@ def moe_align_block_size(
             raise ValueError(
                 "return_scatter_idx: expected False with expert_map, unless ignore_invalid_experts is True"
             )
-    counted = expert_map if ignore_invalid_experts else None
+    named = expert_map is not None and not ignore_invalid_experts
     try:
-        plan = bridge.plan_dispatch(ids, num_experts, align=block_size, expert_map=counted)
+        check_plan_sizes(num_experts, block_size)
+        pairs = ids.numel()
+        length = pairs + num_experts * (block_size - 1)
+        if pad_sorted_ids:
+            length = -(-length // block_size) * block_size
+        if pairs < num_experts:
+            length = min(pairs * block_size, length)
+        results = align_blocks(ids, num_experts, block_size, expert_map, named, length)
     except ValueError as error:
         raise renamed(error, _PLAN_NAMES) from None
-
-    pairs = ids.numel()
-    length = pairs + num_experts * (block_size - 1)
-    if pad_sorted_ids:
-        length = -(-length // block_size) * block_size
-    if pairs < num_experts:
-        length = min(pairs * block_size, length)
-    sorted_ids = plan.slots[:length].remainder(pairs + 1)  # -1 becomes `pairs`
-    # A block in use begins with a pair, which has the block's expert; behind the ids stands what other blocks get.
-    other = -1 if expert_map is None else expert_map.shape[0]
-    expert_ids = pad(ids.flatten(), (0, 1), value=other).index_select(0, sorted_ids[::block_size])
-    if expert_map is not None:
-        expert_ids = pad(expert_map, (0, 1), value=-1).index_select(0, expert_ids)
-    num_rows = plan.group_sizes.sum(0, keepdim=True, dtype=torch.int32)
     if not return_scatter_idx:
-        return sorted_ids, expert_ids, num_rows
+        return results
+    held = (ids >= 0) & (ids < num_experts)
+    if expert_map is not None:
+        here = expert_map[ids.clamp(0, num_experts - 1)]
+        held &= (here >= 0) & (here < num_experts)
     index = torch.arange(pairs, dtype=torch.int32, device=ids.device)
-    return sorted_ids, expert_ids, num_rows, (index | plan.rows.flatten() >> 31)[:, None]
+    return *results, index.where(held.flatten(), -1)[:, None]
 
 
 def _check_scale(a1q_scale: Any, tokens: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
+from kernels_pallas import align_blocks as align_kernels
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas import dispatch as dispatch_kernels
 from kernels_pallas import plan_dispatch as plan_kernels
@@ -45,35 +47,87 @@ def plan_dispatch(
     group_sizes: torch.Tensor,
 ) -> None:
     """Fills rows, slots and group_sizes."""
-    num_items = experts.numel()
-    if num_items == 0:
+    if experts.numel() == 0:
         slots.fill_(-1)
         group_sizes.zero_()
         return
+    _launch_plan(_plan, experts, expert_map, (rows, slots, group_sizes), slots, num_experts, align)
+
+
+def _launch_plan(
+    kernels_for: Callable[..., list[Kernel]],
+    experts: torch.Tensor,
+    given_map: torch.Tensor | None,
+    outs: tuple[torch.Tensor, ...],
+    slots: torch.Tensor,  # that one of them which has the rows, and is cleared by the first launch of two
+    num_experts: int,
+    align: int,
+    *static: bool,
+) -> None:
+    num_items = experts.numel()
     config = plan_kernels.config_for(num_items, num_experts, align, _platform())
-    sizes = plan_kernels.sizes_for(num_items, num_experts, align, config)
+    sizes = {**plan_kernels.sizes_for(num_items, num_experts, align, config), "rows": slots.numel()}
     grids, numbers = plan_kernels.grids_for(num_experts, sizes, config), sizes.values()
     ids = [experts.data_ptr()]
-    if expert_map is not None:
-        ids.append(expert_map.data_ptr())
-    outs = rows.data_ptr(), slots.data_ptr(), group_sizes.data_ptr()
+    if given_map is not None:
+        ids.append(given_map.data_ptr())
+    filled = [tensor.data_ptr() for tensor in outs]
     scratch: list[torch.Tensor] = []
     if config.chunks:  # the pairs of each block in order, and the counts
         scratch = [experts.new_empty(n) for n in (num_items, plan_kernels.num_counts(sizes) * num_experts)]
     between = [tensor.data_ptr() for tensor in scratch]
-    kernels = _plan(
-        num_experts,
-        align,
-        None if expert_map is None else expert_map.numel(),
-        config,
-        aligned(*ids, *outs, *between),
-        experts.get_device(),
-    )
+    map_size = None if given_map is None else given_map.numel()
+    is_aligned = aligned(*ids, *filled, *between)
+    kernels = kernels_for(num_experts, align, map_size, *static, config, is_aligned, experts.get_device())
     if not config.chunks:
-        kernels[0](grids[0], 1, *ids, *numbers, *outs)
+        kernels[0](grids[0], 1, *ids, *numbers, *filled)
         return
-    kernels[0](grids[0], 1, *ids, *numbers, *between, outs[1])
-    kernels[1](grids[1], 1, *ids, *between, outs[1], *numbers, *outs)
+    cleared = slots.data_ptr()
+    kernels[0](grids[0], 1, *ids, *numbers, *between, cleared)
+    kernels[1](grids[1], 1, *ids, *between, cleared, *numbers, *filled)
+
+
+@functools.cache
+def _align(
+    num_experts: int,
+    align: int,
+    map_size: int | None,
+    named: bool,
+    config: plan_kernels.Config,
+    is_aligned: bool,
+    device: int,
+) -> list[Kernel]:
+    return build(
+        align_kernels.align_blocks,
+        device,
+        is_aligned,
+        experts=shape(INT32, 1, 1),
+        expert_map=None if map_size is None else shape(INT32, map_size),
+        num_experts=num_experts,
+        align=align,
+        length=1,
+        named=named,
+        config=config,
+    )
+
+
+def align_blocks(
+    experts: torch.Tensor,
+    num_experts: int,
+    align: int,
+    expert_map: torch.Tensor | None,
+    named: bool,
+    pairs: torch.Tensor,
+    block_experts: torch.Tensor,
+    used: torch.Tensor,
+) -> None:
+    """Fills pairs, block_experts and used."""
+    if experts.numel() == 0:
+        pairs.zero_()
+        block_experts.fill_(-1)
+        used.zero_()
+        return
+    _launch_plan(_align, experts, expert_map, (pairs, block_experts, used), pairs, num_experts, align, named)
 
 
 @functools.cache

@@ -62,6 +62,58 @@ plan_dispatch = define(
 )
 
 
+def _align_fake(
+    experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
+    if named and (expert_map is None or expert_map.shape[0] < num_experts):
+        got = "None" if expert_map is None else f"int32[{expert_map.shape[0]}]"
+        raise ValueError(f"expert_map: expected a name for each of num_experts={num_experts}, got {got}")
+    return experts.new_empty(length), experts.new_empty(-(-length // block_size)), experts.new_empty(1)
+
+
+def _check_length(length: int, pairs: int, num_experts: int, block_size: int) -> None:
+    """Every row in use has a place. Not for the fake, where it would make torch.compile guard on the tokens."""
+    least = min(pairs * block_size, pairs + num_experts * (block_size - 1))
+    if length < least:
+        raise ValueError(f"length: expected at least {least} for {pairs} pairs, got {length}")
+
+
+def _align_native(
+    experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    outs = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    _check_length(length, experts.numel(), num_experts, block_size)
+    native.align_blocks(experts, num_experts, block_size, expert_map, named, *outs)
+    return outs
+
+
+def _align_plain(
+    experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, block_experts, used = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    _check_length(length, experts.numel(), num_experts, block_size)
+    _, slots, sizes = plan_dispatch(experts, num_experts, block_size, None if named else expert_map)
+    pairs.fill_(experts.numel())
+    pairs[: len(slots)] = slots[:length].where(slots[:length] >= 0, experts.numel())
+    names = (
+        expert_map[:num_experts] if named and expert_map is not None else torch.arange(num_experts, dtype=torch.int32)
+    )
+    of_block = names.repeat_interleave(sizes // block_size)
+    block_experts.fill_(-1)
+    block_experts[: len(of_block)] = of_block
+    return pairs, block_experts, used.copy_(sizes.sum(0, keepdim=True))
+
+
+align_blocks = define(
+    "align_blocks(Tensor experts, int num_experts, int block_size, Tensor? expert_map, bool named, SymInt length)"
+    " -> (Tensor, Tensor, Tensor)",
+    native=_align_native,
+    plain=_align_plain,
+    fake=_align_fake,
+)
+
+
 def _plan(rows: Any, slots: Any) -> jaxmoe.DispatchPlan:
     """What jaxmoe takes, of tensors until they are imported; dispatch and combine do not read the group sizes."""
     return jaxmoe.DispatchPlan(rows, slots, rows.new_zeros(1))

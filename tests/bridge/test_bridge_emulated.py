@@ -26,7 +26,7 @@ from tests import oracle
 from tests.cases import BF16, F16, F32, Case, coarse, normal, spoiled
 from tests.cases import CASES as ROUTES
 from tests.check_dispatch import check_combine, check_dispatch, rounding
-from tests.check_plan import PLAN_CASES, PlanCase, check_plan, drawn
+from tests.check_plan import PLAN_CASES, PlanCase, blocks_length, check_blocks, check_plan, drawn
 from tests.check_route import check_route
 from tests.emulator.memory import Fault
 from tests.emulator.native import Emulator, array, forget
@@ -230,6 +230,30 @@ def test_plan(case: PlanCase, way: str, emulator: Emulator) -> None:
 def test_plan_as_configured(tokens: int, case: PlanCase, emulator: Emulator) -> None:
     plan(emulator, case, tokens)
     plan(emulator, case, tokens, offset=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        (PlanCase("no tokens", 5, tokens=0, align=4), False),
+        (PlanCase("one token, odd E", 5, tokens=1, align=4), False),
+        (PlanCase("ids out of range", 9, align=3, ids=drawn(-3, 12)), False),
+        (PlanCase("more experts than pairs", 200, tokens=7, align=64), False),
+        (PlanCase("some are elsewhere", 3, align=8, expert_map=(-1, 2, -1, 0, 1, -1)), False),
+        (PlanCase("experts by name", 6, align=4, expert_map=(-1, 2, -1, 0, 1, -1)), True),
+    ],
+    ids=lambda value: getattr(value, "why", ""),
+)
+def test_align_blocks(case: PlanCase, named: bool, way: str, emulator: Emulator) -> None:
+    for tokens, offset in ((case.tokens, 0), (case.tokens + 70, 1)):
+        ids, expert_map = case.inputs(tokens)
+        length = blocks_length(ids.size, case.num_experts, case.align)
+        sizes = length, -(-length // case.align), 1
+        outs = [emulator.empty(size, dtype=INT32, offset=offset) for size in sizes]
+        here = None if expert_map is None else emulator.put(expert_map, offset)
+        dispatch.align_blocks(emulator.put(ids, offset), case.num_experts, case.align, here, named, *outs)
+        found = tuple(tensor.numpy() for tensor in outs)
+        check_blocks(found, ids, case.num_experts, case.align, expert_map, named=named)
 
 
 DTYPES = {"bfloat16": (BF16, 8, 0), "float32, shifted": (F32, 24, 1), "float16, odd width": (F16, 37, 0)}

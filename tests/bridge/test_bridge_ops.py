@@ -59,6 +59,11 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "router_logits_backward": (OPS.router_logits_backward, (normal(T, 16), normal(T, H), router.detach())),
         "plan_dispatch": (OPS.plan_dispatch, (ids, E, 4, None)),
         "plan_dispatch, mapped": (OPS.plan_dispatch, (ids, 3, 1, torch.arange(-1, E - 1, dtype=torch.int32))),
+        "align_blocks": (OPS.align_blocks, (ids, E, 4, None, False, T * 4 + 3 * E)),
+        "align_blocks, named": (
+            OPS.align_blocks,
+            (ids, E, 8, torch.arange(-1, E - 1, dtype=torch.int32), True, T * 32),
+        ),
         "dispatch": (OPS.dispatch, (normal(T, H, grad=True), rows, slots)),
         "dispatch_out": (OPS.dispatch_out, (normal(T, H), rows, slots, empty(M, H))),
         "dispatch_backward": (OPS.dispatch_backward, (normal(M, H), rows, slots)),
@@ -238,6 +243,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "config": (lambda: bridge.route(normal(T, 16), config=CONFIG.json), "config: expected a RoutingConfig, got str"),
     "ids dtype": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int64), 4), r"experts: expected int32 \[T, S\]"),
     "align": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=0), "align: expected an int from 1"),
+    "length": (
+        lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, None, False, 37),
+        "length: expected at least 38 for 10 pairs, got 37",
+    ),
+    "names": (
+        lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, torch.zeros(3, dtype=torch.int32), True, 40),
+        r"expert_map: expected a name for each of num_experts=4, got int32\[3\]",
+    ),
     "plan": (lambda: bridge.dispatch(normal(T, H), tuple(plan())), "plan: expected a DispatchPlan, got tuple"),
     "tokens of x": (lambda: bridge.dispatch(normal(T + 1, H), plan()), r"x: expected .* \[5, H\], got float32\[6, 32\]"),
     "weights": (lambda: bridge.combine(normal(M, H), plan(), normal(T, 3)), r"weights: expected .* \[5, 4\], got float32\[5, 3\]"),

@@ -28,6 +28,12 @@ def test_catalogue_holds_every_kernel() -> None:
     """A kernel that nobody lists would not be compiled below."""
     sources = [path.read_text() for path in Path(catalogue.__file__).parent.glob("*.py")]
     launched = {name for source in sources for name in re.findall(r'\bname="(\w+)"', source)}
+    launched |= {
+        name
+        for source in sources
+        for names in re.findall(r"^NAMES = .*", source, re.M)
+        for name in re.findall(r"\w+(?=\")", names)
+    }
     assert launched == {kernel for entry in CATALOGUE for kernel in entry.kernels}
     assert len(BY_NAME) == len(CATALOGUE)
 

@@ -1,0 +1,72 @@
+"""What the kernels of plan_dispatch.py fill: a plan, or the order of pairs with the expert of each block."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import iota, load, store
+
+SHARE = 1024  # places that are filled at once
+PLAN, BLOCKS, NAMED_BLOCKS = "plan", "blocks", "named blocks"  # of the last the map names the blocks, not the ids
+
+
+class Results(NamedTuple):
+    """What a kernel fills, and what stands in `slots` where a row holds no pair."""
+
+    slots: Any
+    empty: Any
+    rows: Any = None
+    sizes: Any = None
+    block_experts: Any = None
+    used: Any = None
+
+
+def results(refs: list[Any], form: str, num_items: Any) -> Results:
+    """The refs by what they hold in this form."""
+    if form == PLAN:
+        return Results(refs[1], -1, rows=refs[0], sizes=refs[2])
+    return Results(refs[0], num_items, block_experts=refs[1], used=refs[2])
+
+
+def maps(refs: list[Any], form: str) -> tuple[Any, Any]:
+    """The map of ids and that of names, where there are any."""
+    if not refs:
+        return None, None
+    return (None, refs[0]) if form == NAMED_BLOCKS else (refs[0], None)
+
+
+def name(names_ref: Any, expert: jax.Array, num_experts: int) -> jax.Array:
+    """What a block of this expert is called."""
+    return expert if names_ref is None else load(names_ref.at[expert], mask=expert < num_experts, other=-1)
+
+
+def fill(ref: Any, value: Any, first: Any, end: Any, share: Any, num_shares: Any) -> None:
+    """Writes the value to one of `num_shares` shares of what lies from `first` to `end`."""
+
+    def step(i: jax.Array, _: None) -> None:
+        at = first + (i * num_shares + share) * SHARE + iota((SHARE,), 0)
+        store(ref.at[at], jnp.full((SHARE,), value, jnp.int32), mask=at < end)
+
+    jax.lax.fori_loop(0, pl.cdiv(end - first, SHARE * num_shares), step, None)
+
+
+def fill_runs(ref: Any, value: jax.Array, first: jax.Array, count: jax.Array, end: Any) -> None:
+    """Writes value[i] to `count[i]` places from first[i] on; `end` lies behind all."""
+    tile = (first.shape[0], 64)
+
+    def step(i: jax.Array, _: None) -> None:
+        index = i * tile[1] + iota(tile, 1)
+        inside = index < count[:, None]
+        at = jnp.where(inside, first[:, None] + index, end + iota(tile, 0) * tile[1] + iota(tile, 1))
+        store(ref.at[at], jnp.broadcast_to(value[:, None], tile), mask=inside)
+
+    jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[1]), step, None)
+
+
+def tell(ref: Any, number: jax.Array, here: Any) -> None:
+    """Writes one number, if this is the program that does."""
+    store(ref.at[iota((1,), 0)], jnp.full((1,), number, jnp.int32), mask=jnp.full((1,), here))
