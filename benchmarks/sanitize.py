@@ -91,10 +91,13 @@ def moved(
 
 
 def blocks(device: str, tokens: int, slots: int, *, here: bool = False, named: bool = False) -> list[Tensor]:
-    """vLLM's form of a plan: of all experts, of some that are here, or with names for the experts."""
+    """vLLM's forms of a plan: of all experts, of some that are here, or with names for the experts."""
     ids = _ids(device, 4, tokens, slots, low=-1, high=75)
     expert_map = _ids(device, 5, 73, low=-1, high=9) if here or named else None
-    return list(vllm.moe_align_block_size(ids, 16, 73, expert_map, ignore_invalid_experts=here))
+    aligned = vllm.moe_align_block_size(ids, 16, 73, expert_map, ignore_invalid_experts=here)
+    x = _random(device, 6, tokens, WIDTH, dtype=BF16)
+    rows, _, *maps = vllm.moe_permute(x, None, ids, 73, 9 if expert_map is not None else -1, expert_map)
+    return [*aligned, rows, *maps]
 
 
 def experts(device: str, dtype: torch.dtype, rows: int, activation: str, *, transposed: bool) -> list[Tensor]:

@@ -20,6 +20,7 @@ from kernels_pallas.dispatch import dispatch
 from kernels_pallas.gated_grad import gated_grad
 from kernels_pallas.grouped_matmul import gated_matmul, grouped_matmul
 from kernels_pallas.grouped_matmul_grad import grouped_outer
+from kernels_pallas.permute_maps import permute_maps
 from kernels_pallas.plan_dispatch import num_rows, plan_dispatch
 from kernels_pallas.route import Rule, route
 from kernels_pallas.route_grad import route_grad
@@ -121,6 +122,12 @@ def _align(
     length = num_rows(tokens * slots, experts, align)
     fn = functools.partial(align_blocks, num_experts=experts, align=align, length=length, named=named)
     return Entry(f"align_blocks {name}", NAMES[:1] if at_once else NAMES[1:], fn, args)
+
+
+def _maps(name: str, pairs: int, experts: int, local: int) -> Entry:
+    args = (_shape(I32, pairs, 1), _shape(I32, pairs), _shape(I32, experts))
+    fn = functools.partial(permute_maps, num_local=local)
+    return Entry(f"permute_maps {name}", ("permute_maps",), fn, args, takes_target=False)
 
 
 def _dispatch(
@@ -260,6 +267,8 @@ CATALOGUE: tuple[Entry, ...] = (
     _align("256 experts", 4096, 8, 256, 64),
     _align("256 experts, 64 tokens", 64, 8, 256, 64, at_once=True),
     _align("160 experts, named", 512, 6, 160, 128, named=True),
+    _maps("256 experts", 32768, 256, 256),
+    _maps("5 of 13 experts", 42, 13, 5),
     _dispatch("bfloat16", BF16, 4096),
     _dispatch("bfloat16, aligned, into out", BF16, 4096, align=128, aliased=True),
     _dispatch("float32, over 2**31 elements", F32, LONG),

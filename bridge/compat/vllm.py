@@ -13,7 +13,7 @@ import torch
 
 import bridge
 from bridge.compat import check_matrix, described, renamed, route_groups
-from bridge.ops.dispatch import align_blocks
+from bridge.ops.dispatch import align_blocks, permute_maps_out
 from jaxmoe.dispatch import check_plan_sizes
 
 __all__ = ["grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
@@ -209,13 +209,13 @@ def _as_words(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _permute_buffers(plan: bridge.DispatchPlan, n_local: int, scratch: Any) -> tuple[torch.Tensor, ...]:
-    """Where the offsets, of which the first is 0, the inverse map and the map go; vLLM has no buffers for no pairs."""
+    """Where the offsets, the inverse map and the map go; vLLM has no buffers for no pairs."""
     pairs = plan.slots.shape[0]
     if scratch is None or pairs == 0:
-        offsets = plan.slots.new_zeros(n_local + 1, dtype=torch.int64)
+        offsets = plan.slots.new_empty(n_local + 1, dtype=torch.int64)
         return offsets, torch.empty_like(plan.slots), torch.empty_like(plan.slots)
     scratch.reserve(pairs)
-    return scratch.expert_first_token_offset.zero_(), scratch.inv_permuted_idx[:pairs], scratch.permuted_idx[:pairs]
+    return scratch.expert_first_token_offset, scratch.inv_permuted_idx[:pairs], scratch.permuted_idx[:pairs]
 
 
 def moe_permute(
@@ -230,8 +230,8 @@ def moe_permute(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies tokens into the order of their experts, for a grouped product.
 
-    Eight launches, or nine: two or three for plan and rows, four small ones for the offsets (a prefix sum in int64,
-    behind a zero), one for each of the two index maps; three more for scales, one for ids that are not int32.
+    Three launches, or four: one or two for the plan, one for the rows, one for offsets and index maps; three more for
+    scales, one for ids that are not int32.
 
     Beside vLLM: rows that hold no token are zero (vLLM leaves them as they were), and every pair that has no row, its
     expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM
@@ -293,11 +293,8 @@ def moe_permute(
 
     if a1q_scale is not None and a1q_scale.ndim > 1:
         a1q_scale = a1q_scale[plan.slots // ids.shape[1]]  # -1 is the last token
-    pairs = ids.numel()
     offsets, inverse, index = _permute_buffers(plan, n_local, scratch)
-    torch.cumsum(plan.group_sizes[:n_local], 0, out=offsets[1:])
-    torch.remainder(plan.rows.flatten(), pairs, out=inverse)  # -1 becomes the last row, which holds no token then
-    torch.remainder(plan.slots, pairs + 1, out=index)  # -1 becomes `pairs`
+    permute_maps_out(*plan, offsets, inverse, index)
     permuted = rows.view(hidden_states.dtype) if permuted_hidden_states is None else permuted_hidden_states
     return permuted, a1q_scale, offsets, inverse, index
 

@@ -12,6 +12,7 @@ from bridge.native.driver import Kernel
 from kernels_pallas import align_blocks as align_kernels
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas import dispatch as dispatch_kernels
+from kernels_pallas import permute_maps as maps_kernels
 from kernels_pallas import plan_dispatch as plan_kernels
 
 INT32 = torch.int32
@@ -128,6 +129,38 @@ def align_blocks(
         used.zero_()
         return
     _launch_plan(_align, experts, expert_map, (pairs, block_experts, used), pairs, num_experts, align, named)
+
+
+@functools.cache
+def _maps(num_experts: int, num_local: int, is_aligned: bool, device: int) -> Kernel:
+    return build(
+        maps_kernels.permute_maps,
+        device,
+        is_aligned,
+        rows=shape(INT32, 1, 1),
+        slots=shape(INT32, 1),
+        group_sizes=shape(INT32, num_experts),
+        num_local=num_local,
+    )[0]
+
+
+def permute_maps(
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    group_sizes: torch.Tensor,
+    offsets: torch.Tensor,
+    inverse: torch.Tensor,
+    index: torch.Tensor,
+) -> None:
+    """Fills offsets, inverse and index."""
+    num_items = slots.numel()
+    if num_items == 0:
+        offsets.zero_()
+        return
+    tensors = rows, slots, group_sizes, offsets, inverse, index
+    ins, outs = ([tensor.data_ptr() for tensor in part] for part in (tensors[:3], tensors[3:]))
+    kernel = _maps(group_sizes.numel(), offsets.numel() - 1, aligned(*ins, *outs), rows.get_device())
+    kernel(*maps_kernels.grid_for(num_items), 1, *ins, num_items, *outs)
 
 
 @functools.cache

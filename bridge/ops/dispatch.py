@@ -114,6 +114,51 @@ align_blocks = define(
 )
 
 
+def _check_maps(
+    rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
+) -> None:
+    check("rows", rows, ("T", "S"), INT32)
+    pairs = rows.shape[0] * rows.shape[1]
+    for name, tensor in (("slots", slots), ("inverse", inverse), ("index", index)):
+        check(name, tensor, (pairs,), INT32)
+    check("group_sizes", group_sizes, ("E",), INT32)
+    check("offsets", offsets, ("local + 1",), (torch.int64,))
+    given = {"slots": slots, "group_sizes": group_sizes, "offsets": offsets, "inverse": inverse, "index": index}
+    check_layout(rows.device, rows=rows, **given)
+    if not 2 <= offsets.shape[0] <= group_sizes.shape[0] + 1:
+        raise ValueError(f"offsets: expected int64 of 2 to E + 1 = {group_sizes.shape[0] + 1}, got {offsets.shape[0]}")
+
+
+def _permute_maps_native(
+    rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
+) -> None:
+    _check_maps(rows, slots, group_sizes, offsets, inverse, index)
+    outs: dict[str, Tensor | None] = {"offsets": offsets, "inverse": inverse, "index": index}
+    check_out(outs, {"rows": rows, "slots": slots, "group_sizes": group_sizes})
+    native.permute_maps(rows, slots, group_sizes, offsets, inverse, index)
+    increment_version([offsets, inverse, index])
+
+
+def _permute_maps_plain(
+    rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
+) -> None:
+    _check_maps(rows, slots, group_sizes, offsets, inverse, index)
+    pairs = slots.numel()
+    offsets[:1] = 0
+    torch.cumsum(group_sizes[: len(offsets) - 1], 0, out=offsets[1:])
+    inverse.copy_(rows.flatten().where(rows.flatten() >= 0, pairs - 1))
+    index.copy_(slots.where(slots >= 0, pairs))
+
+
+permute_maps_out = define(
+    "permute_maps_out(Tensor rows, Tensor slots, Tensor group_sizes, Tensor(a!) offsets, Tensor(b!) inverse,"
+    " Tensor(c!) index) -> ()",
+    native=_permute_maps_native,
+    plain=_permute_maps_plain,
+    fake=_check_maps,
+)
+
+
 def _plan(rows: Any, slots: Any) -> jaxmoe.DispatchPlan:
     """What jaxmoe takes, of tensors until they are imported; dispatch and combine do not read the group sizes."""
     return jaxmoe.DispatchPlan(rows, slots, rows.new_zeros(1))

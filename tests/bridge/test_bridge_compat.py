@@ -281,17 +281,16 @@ class Operations(TorchDispatchMode):
 
 
 HERE = {"expert_map": torch.arange(E, dtype=INT)}
-MAPS = ["new_zeros", "cumsum", "remainder", "remainder"]
 WORK: list[tuple[Any, dict[str, Any], list[str]]] = [
     (G, {}, []),
     (A, {}, []),
     (A, HERE, []),
     (A, {"return_scatter_idx": True}, ["ge", "lt", "bitwise_and", "arange", "scalar_tensor", "where"]),
     (A, {"topk_ids": ids(dtype=torch.int64)}, ["_to_copy"]),
-    (P, {}, MAPS),
-    (P, HERE, MAPS),
-    (P, {"hidden_states": tensor_of(T, H, dtype=torch.uint8)}, MAPS),
-    (P, {"a1q_scale": tensor_of(T, 1)}, [*MAPS, "floor_divide", "index"]),
+    (P, {}, []),
+    (P, HERE, []),
+    (P, {"hidden_states": tensor_of(T, H, dtype=torch.uint8)}, []),
+    (P, {"a1q_scale": tensor_of(T, 1)}, ["floor_divide", "index"]),
     (U, {}, ["ge", "add"]),
     (U, {"expert_first_token_offset": None}, []),
     (B, {}, []),

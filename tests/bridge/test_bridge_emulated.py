@@ -256,6 +256,20 @@ def test_align_blocks(case: PlanCase, named: bool, way: str, emulator: Emulator)
         check_blocks(found, ids, case.num_experts, case.align, expert_map, named=named)
 
 
+@pytest.mark.parametrize(("local", "offset"), [(13, 0), (5, 1)])
+def test_permute_maps(local: int, offset: int, emulator: Emulator) -> None:
+    found = plan(emulator, PlanCase("", 13, ids=drawn(-3, 16)))
+    pairs, ends = found.slots.size, np.cumsum(found.group_sizes)[:local]
+    outs = [emulator.empty(size, dtype=INT32, offset=offset) for size in (2 * local + 2, pairs, pairs)]
+    offsets = outs[0].view(torch.int64) if offset == 0 else torch.empty(local + 1, dtype=torch.int64)
+    if offset:
+        emulator.add(offsets)
+    dispatch.permute_maps(*(emulator.put(a, offset) for a in found), offsets, *outs[1:])
+    np.testing.assert_array_equal(offsets.numpy(), [0, *ends])
+    np.testing.assert_array_equal(outs[1].numpy(), np.where(found.rows < 0, pairs - 1, found.rows).reshape(-1))
+    np.testing.assert_array_equal(outs[2].numpy(), np.where(found.slots < 0, pairs, found.slots))
+
+
 DTYPES = {"bfloat16": (BF16, 8, 0), "float32, shifted": (F32, 24, 1), "float16, odd width": (F16, 37, 0)}
 
 

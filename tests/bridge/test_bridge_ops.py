@@ -64,6 +64,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.align_blocks,
             (ids, E, 8, torch.arange(-1, E - 1, dtype=torch.int32), True, T * 32),
         ),
+        "permute_maps_out": (
+            OPS.permute_maps_out,
+            (rows, slots, sizes, empty(E, dtype=torch.int64), *(empty(M, dtype=torch.int32) for _ in range(2))),
+        ),
         "dispatch": (OPS.dispatch, (normal(T, H, grad=True), rows, slots)),
         "dispatch_out": (OPS.dispatch_out, (normal(T, H), rows, slots, empty(M, H))),
         "dispatch_backward": (OPS.dispatch_backward, (normal(M, H), rows, slots)),
@@ -250,6 +254,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "names": (
         lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, torch.zeros(3, dtype=torch.int32), True, 40),
         r"expert_map: expected a name for each of num_experts=4, got int32\[3\]",
+    ),
+    "offsets": (
+        lambda: OPS.permute_maps_out(*plan(), torch.empty(E + 2, dtype=torch.int64), *(torch.empty_like(plan().slots),) * 2),
+        "offsets: expected int64 of 2 to E",
     ),
     "plan": (lambda: bridge.dispatch(normal(T, H), tuple(plan())), "plan: expected a DispatchPlan, got tuple"),
     "tokens of x": (lambda: bridge.dispatch(normal(T + 1, H), plan()), r"x: expected .* \[5, H\], got float32\[6, 32\]"),

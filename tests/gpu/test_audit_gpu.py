@@ -15,7 +15,10 @@ import bridge  # noqa: E402
 from bridge import audit, counting  # noqa: E402
 from jaxmoe.__main__ import main  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU"),
+    pytest.mark.counts_launches,
+]
 
 LAYER = audit.Layer(tokens=33, hidden=256, inner=128, experts=32, dtype="bfloat16")
 KERNELS = [
