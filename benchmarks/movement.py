@@ -60,7 +60,7 @@ def _movement(tokens: int) -> Iterator[Operation]:
     def plan_and_dispatch(i: int) -> Tensor:
         return bridge.dispatch(x[i % num_sets], bridge.plan_dispatch(ids, EXPERTS), out=rows[i % num_sets])
 
-    def permute(i: int) -> Tensor:
+    def drop_in(i: int) -> Tensor:
         k = i % num_sets
         return compat.moe_permute(x[k], None, ids, EXPERTS, permuted_hidden_states=rows[k])[0]
 
@@ -84,7 +84,7 @@ def _movement(tokens: int) -> Iterator[Operation]:
     if permutes:
         others["vLLM moe_permute"] = into_rows(lambda i: permutes[i % num_sets](x[i % num_sets], ids))
     yield make("plan + dispatch", bytes=moved + pairs * 12, ours=into_rows(plan_and_dispatch), peers=others)
-    yield make("permute, vLLM's form", bytes=moved + pairs * 12, ours=into_rows(permute), peers=others)
+    yield make("permute, vLLM's form", bytes=moved + pairs * 12, ours=into_rows(drop_in), peers=others)
     for filled in rows:
         filled.normal_()
     into_y = functools.partial(Entry, check=check_sums, writes=(y[0],))

@@ -183,6 +183,7 @@ def test_movement() -> None:
         ("plan",),
         ("dispatch",),
         ("plan + dispatch", "vLLM moe_permute"),
+        ("permute, vLLM's form", "vLLM moe_permute"),
         ("combine", "vLLM moe_unpermute"),
     ]
 
