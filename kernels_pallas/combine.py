@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import PAST_CACHE, iota, launch, load, next_power_of_2, store
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,16 @@ class Config:
     columns: int  # of one program
     num_warps: int
     by_token: bool = False  # a token's columns one after another: better where rows come from memory, not the cache
+    once: bool = False  # rows that have been read, and sums, leave the cache first, and rows still to be read stay
 
 
-def config_for(num_tokens: int, width: int, dtype: Any, target: str) -> Config:
+def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del target
+    itemsize = jnp.dtype(dtype).itemsize
     # One warp, 16 bytes a lane: measured on an H100, ahead of wider tiles at every number of tokens.
-    columns = min(next_power_of_2(width), 512 // jnp.dtype(dtype).itemsize)
-    return Config(columns=columns, num_warps=1, by_token=num_tokens > 512)
+    columns = min(next_power_of_2(width), 512 // itemsize)
+    once = target == "cuda" and num_tokens * num_slots * width * itemsize <= PAST_CACHE
+    return Config(columns=columns, num_warps=1, by_token=num_tokens > 512, once=once)
 
 
 def grid_for(num_tokens: int, width: int, config: Config) -> tuple[int, int]:
@@ -44,14 +46,15 @@ def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, colu
         token, tile = token // tiles, token % tiles
     col = tile * config.columns + iota((config.columns,), 0)
     in_row = col < width
-    total = jnp.zeros((config.columns,), jnp.float32)
+    total, policy = jnp.zeros((config.columns,), jnp.float32), "evict_first" if config.once else None
     for slot in range(num_slots):
         row = rows_ref[token, slot]
-        x = load(x_ref.at[jnp.maximum(row, 0), column + col], mask=in_row & (row >= 0), other=0.0).astype(jnp.float32)
+        at, mask = x_ref.at[jnp.maximum(row, 0), column + col], in_row & (row >= 0)
+        x = load(at, mask=mask, other=0.0, eviction_policy=policy).astype(jnp.float32)
         if weights_ref is not None:  # a dropped pair adds nothing, whatever its weight
             x = x * jnp.where(row >= 0, weights_ref[token, slot].astype(jnp.float32), 0.0)
         total = total + x
-    store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=in_row)
+    store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=in_row, eviction_policy=policy)
 
 
 def combine(
@@ -75,7 +78,7 @@ def combine(
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
-    config = config or config_for(num_tokens, width, x.dtype, target)
+    config = config or config_for(num_tokens, num_slots, width, x.dtype, target)
     args = [x, rows, *([] if weights is None else [weights])]
     kernel = functools.partial(
         _combine_kernel, config=config, num_slots=num_slots, width=width, column=column, has_weights=weights is not None
@@ -126,7 +129,7 @@ def combine_weight_grad(
     """dtype [T, S]: x[rows[t, j]] . dy[t], zero for a dropped pair: what one unit of weights[t, j] adds to y . dy."""
     num_tokens, num_slots = rows.shape
     width = dy.shape[1]
-    config = config or config_for(num_tokens, width, x.dtype, target)
+    config = config or config_for(num_tokens, num_slots, width, x.dtype, target)
     return launch(
         functools.partial(_dot_kernel, config=config, num_slots=num_slots, width=width, column=column),
         x,

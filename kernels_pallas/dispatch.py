@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import CACHED, PAST_CACHE, iota, launch, load, next_power_of_2, store
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class Config:
     num_warps: int
 
 
-def config_for(width: int, dtype: Any, target: str) -> Config:
+def config_for(num_rows: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del target
-    columns = min(next_power_of_2(width), 2048 // jnp.dtype(dtype).itemsize)
-    return Config(columns=columns, clear_rows=64, num_warps=max(1, min(4, columns // 256)))
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = min(next_power_of_2(width), 2048 // itemsize)
+    one_warp = target == "cuda" and CACHED < num_rows * width * itemsize <= PAST_CACHE
+    return Config(columns=columns, clear_rows=64, num_warps=1 if one_warp else max(1, min(4, columns // 256)))
 
 
 def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int]:
@@ -104,8 +105,8 @@ def dispatch(
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
-    config = config or config_for(width, dtype, target)
     num_rows = slots.shape[0]
+    config = config or config_for(num_rows, width, dtype, target)
     args = [x, rows, slots, *([] if scale is None else [scale])]
     kernel = functools.partial(
         _dispatch_kernel,

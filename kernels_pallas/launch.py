@@ -52,6 +52,11 @@ def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
     return load(ref) if mask is None else load(ref, mask=mask, other=0.0)
 
 
+# Bytes that one kernel writes and the next reads, on an H100 with 50 MB of cache: from the first on they do not all
+# stay in it, above the second hardly any do (docs/performance.md, "Dispatch and combine").
+CACHED, PAST_CACHE = 24 << 20, 400 << 20
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n = 0): every Triton tensor has such sides."""
     return 1 << max(n - 1, 0).bit_length()

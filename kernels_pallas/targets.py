@@ -269,6 +269,22 @@ def _simplified(path: Path, gpu: Any, options: dict[str, Any]) -> str:
     return str(stages["ttir"](module, {}))
 
 
+_POLICY = re.compile(
+    r" evictionPolicy = (\w+) :| \{cachePolicy = #tt\.cache_policy<cache_modifier = none, eviction_policy = (\w+)>\} :"
+)
+
+
+def _with_policies(ttir: str, version: str) -> str:
+    """How long the cache keeps what is loaded or stored, as this triton writes it: otherwise from 3.9 on."""
+    said = " evictionPolicy = {} :"
+    if tuple(int(part) for part in version.split(".")[:2]) >= (3, 9):
+        said = " {{cachePolicy = #tt.cache_policy<cache_modifier = none, eviction_policy = {}>}} :"
+    ttir, found = _POLICY.subn(lambda match: said.format(match[1] or match[2]), ttir)
+    if found != len(re.findall(r"evict_\w+", ttir)):
+        raise RuntimeError(f"this jax ({jax.__version__}) writes cache policies otherwise than expected:\n{ttir}")
+    return ttir
+
+
 def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any:
     """Compiles for `target` with the installed triton, GPU or not; returns triton's compiled kernel.
 
@@ -284,7 +300,7 @@ def compile_kernel(kernel: Lowered, target: str | Target, **options: Any) -> Any
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True, **options}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{kernel.name}.ttir"
-        path.write_text(kernel.ttir)
+        path.write_text(_with_policies(kernel.ttir, triton.__version__))
         # Without the folder's name in it, so that triton knows it again and takes its code from its own cache.
         path.write_text(_simplified(path, gpu, options).replace(f"{folder}/", ""))
         compiled = triton.compile(str(path), target=gpu, options=options)

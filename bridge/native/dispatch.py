@@ -174,6 +174,7 @@ def _dispatch(
     tokens: int,
     divisor: int,
     rows: int,
+    config: dispatch_kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
@@ -188,6 +189,7 @@ def _dispatch(
         scale=None if scale is None else shape(scale, tokens, num_slots),
         width=width,
         dtype=JAX_DTYPES[out],
+        config=config,
     )[0]
 
 
@@ -204,6 +206,7 @@ def dispatch(
         ins.append(scale.data_ptr())
     into = out.data_ptr()
     stride, tokens, divisor, distance = laid(x, num_tokens)
+    config = dispatch_kernels.config_for(num_rows, width, JAX_DTYPES[out.dtype], _platform())
     kernel = _dispatch(
         x.dtype,
         out.dtype,
@@ -214,10 +217,10 @@ def dispatch(
         tokens,
         divisor,
         rows_for(num_rows, width, out.itemsize),
+        config,
         aligned(*ins, into),
         x.get_device(),
     )
-    config = dispatch_kernels.config_for(width, JAX_DTYPES[out.dtype], _platform())
     (programs,) = dispatch_kernels.grid_for(num_tokens, num_rows, width, config)
     kernel(programs, 1, *ins, num_tokens, num_rows, *distance, into)
 
@@ -260,7 +263,7 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
         ins.append(weights.data_ptr())
     into = out.data_ptr()
     stride, many, divisor, distance = laid(x, num_rows)
-    config = combine_kernels.config_for(num_tokens, width, JAX_DTYPES[x.dtype], _platform())
+    config = combine_kernels.config_for(num_tokens, num_slots, width, JAX_DTYPES[x.dtype], _platform())
     kernel = _combine(
         x.dtype,
         None if weights is None else weights.dtype,

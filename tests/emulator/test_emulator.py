@@ -297,9 +297,22 @@ def test_a_kernel_waits_before_it_reads() -> None:
     assert run("griddepcontrol.launch_dependents; mov.b32 %r5, 7;")[0][0] == 7
 
 
+POLICY = "createpolicy.fractional.L2::evict_first.b64 %rd5, 1.0;"
+
+
+def test_cache_policy() -> None:
+    """It changes nothing, but has to be one."""
+    load = "ld.global.L1::evict_first.L2::cache_hint.b32 { %r5 }, [ %rd3 + 4 ], %rd5;"
+    assert run(f"{POLICY} {load}", (1, 7, 0, 0))[0][0] == 7
+    with pytest.raises(Fault, match="under no policy"):
+        run(f"{POLICY} add.s64 %rd5, %rd5, 1; {load}")
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "createpolicy.fractional.L2::evict_last.b64 %rd5, 1.0;",
+        "createpolicy.fractional.L2::evict_first.b64 %rd5, 0.5;",
         "wgmma.fence;",
         "add.cc.u32 %r5, %r1, %r2;",
         "cvt.rz.bf16.f32 %rs1, %r1;",

@@ -15,6 +15,7 @@ from tests.emulator.numbers import DTYPES
 from tests.emulator.operands import Lanes, Step
 from tests.emulator.ptx import Address, Instruction, Kernel, Operand, register_kind
 
+POLICY = np.array([0x12F0_0000_1000_0000], np.uint64)  # what createpolicy makes, and nothing else
 HINTS = re.compile(r"L[12]::\w+|nc|relaxed|acquire|acq_rel|release|volatile|gpu|cta|weak|noftz")
 
 
@@ -99,9 +100,30 @@ class Translator(Collective):
 
     # Memory
 
+    def _createpolicy(self, instruction: Instruction) -> Step:
+        """How long the cache keeps what is accessed under it: which changes no result."""
+        to, *share = instruction.operands
+        if instruction.name != "createpolicy.fractional.L2::evict_first.b64" or share != ["1.0"]:
+            raise NotImplementedError(instruction.text)
+        write = self.write(to)
+        return lambda state, lanes: write(state, POLICY, lanes)
+
+    def _under_policy(self, instruction: Instruction) -> tuple[tuple[Operand, ...], Step]:
+        """The operands of an access without its policy, and the check that this is one."""
+        if "L2::cache_hint" not in instruction.name:
+            return instruction.operands, lambda state, lanes: None
+        *operands, policy = instruction.operands
+        read = self.read(policy, "b64")
+
+        def check(state: Any, lanes: Lanes) -> None:
+            if (read(state, lanes) != POLICY.view(np.uint64)).any():
+                raise Fault(f"{instruction.text} under no policy")
+
+        return tuple(operands), check
+
     def _ld(self, instruction: Instruction) -> Step:
         space, width, count, kind = self._access(instruction)
-        to, at = instruction.operands
+        (to, at), check = self._under_policy(instruction)
         writes = [self.write(part) for part in (to if isinstance(to, tuple) else (to,))]
         assert isinstance(at, Address)
         assert len(writes) == count, instruction.text
@@ -110,6 +132,7 @@ class Translator(Collective):
         address = self.address(at, self._width(space, at))
 
         def load(state: Any, lanes: Lanes) -> None:
+            check(state, lanes)
             values = state.load(space, address(state, lanes), width, count, lanes)
             for write, value in zip(writes, values, strict=True):
                 write(state, value.view(DTYPES[kind]), lanes)
@@ -118,13 +141,14 @@ class Translator(Collective):
 
     def _st(self, instruction: Instruction) -> Step:
         space, _, count, kind = self._access(instruction)
-        at, source = instruction.operands
+        (at, source), check = self._under_policy(instruction)
         address = self.address(at, self._width(space, at))
         width = np.dtype(DTYPES[kind]).itemsize
         reads = [self.read(part, f"b{8 * width}") for part in (source if isinstance(source, tuple) else (source,))]
         assert len(reads) == count, instruction.text
 
         def store(state: Any, lanes: Lanes) -> None:
+            check(state, lanes)
             to = address(state, lanes)
             words = [np.broadcast_to(read(state, lanes), to.shape) for read in reads]
             state.store(space, to, width, words, lanes)

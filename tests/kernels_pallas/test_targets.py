@@ -18,7 +18,7 @@ from jaxmoe.__main__ import main
 from kernels_pallas import catalogue
 from kernels_pallas.catalogue import CATALOGUE, Entry
 from kernels_pallas.launch import iota, launch, store
-from kernels_pallas.targets import TARGETS, compile_kernel, lower, report, waits
+from kernels_pallas.targets import TARGETS, _with_policies, compile_kernel, lower, report, waits
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the triton package")
 BY_NAME = {entry.name: entry for entry in CATALOGUE}
@@ -79,6 +79,23 @@ def _code(kernel: Any) -> str:
     return re.sub(r"\s*\.loc\t.*|\s*//.*", "", entry)
 
 
+@needs_triton
+def test_cache_policies_are_said_as_triton_reads_them() -> None:
+    """jax and triton changed the words, each with a version of its own; no other order of them is passed on."""
+    (kernel,) = BY_NAME["combine bfloat16, 1024 tokens"].lower("sm_90")
+    old, new = (_with_policies(kernel.ttir, version) for version in ("3.8.1", "3.10.0"))
+    assert old.count(" evictionPolicy = evict_first : ") == new.count("eviction_policy = evict_first>} : ") == 9
+    assert old != new
+    assert _with_policies(new, "3.6.0") == old
+    assert _with_policies(old, "3.9.0") == new
+    with pytest.raises(RuntimeError, match="writes cache policies otherwise than expected"):
+        _with_policies(old.replace("evictionPolicy =", "evictionPolicy:"), "3.9.0")
+    for target, text in (("sm_90", "L2::evict_first"), ("gfx942", " nt")):
+        (kernel,) = BY_NAME["combine bfloat16, 1024 tokens"].lower(target)
+        code = compile_kernel(kernel, target).asm
+        assert (text in code["ptx" if target == "sm_90" else "amdgcn"]) == (target == "sm_90"), "not measured on ROCm"
+
+
 RUN_TIME = {
     "plan_dispatch 256 experts": (0,),
     "dispatch bfloat16": (0, 1),
@@ -109,7 +126,7 @@ def test_one_kernel_for_every_number_of_rows(name: str) -> None:
         fn = functools.partial(entry.fn, target="cuda") if entry.takes_target else entry.fn
         return lower(fn, *shapes, target="sm_90", sizes_at_run_time=True)
 
-    for few, many in zip(lowered(0.75), lowered(1), strict=True):
+    for few, many in zip(lowered(0.95), lowered(1), strict=True):
         assert few.sizes == many.sizes
         assert _code(few) == _code(many)
 

@@ -39,7 +39,7 @@ def test_combine_by_token(width: int) -> None:
     """The same tiles in another order: full ones, one that ends early, and several a row."""
     x, weights = normal(1, 15, width), normal(2, 5, 3)
     rows = jnp.asarray([[3, 0, 14], [-1, 2, 5], [1, 4, 6], [7, -1, -1], [8, 9, 10]], jnp.int32)
-    few, many = (combine.config_for(n, width, jnp.float32, "cuda") for n in (512, 513))
+    few, many = (combine.config_for(n, 3, width, jnp.float32, "cuda") for n in (512, 513))
     assert (few.by_token, many.by_token) == (False, True)
     expected = combine.combine(x, rows, weights, config=few, interpret=True)
     got = combine.combine(x, rows, weights, config=many, interpret=True)
