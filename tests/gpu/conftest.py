@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -38,7 +39,8 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     if torch is None or not torch.cuda.is_available():
         yield
         return
-    request.applymarker(pytest.mark.filterwarnings("ignore:(?s:.*)eterminis:UserWarning"))  # of torch's own kernels
+    # Of torch's own kernels; pytest puts the filters back after the test.
+    warnings.filterwarnings("ignore", message=r"(?s).*eterminis", category=UserWarning)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
