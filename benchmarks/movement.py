@@ -74,6 +74,13 @@ def _movement(tokens: int) -> Iterator[Operation]:
         k = i % num_sets
         return permutes[k].unpermute(rows[k], weights, y[k])
 
+    index, offsets = plan.rows.flatten(), torch.nn.functional.pad(plan.group_sizes.cumsum(0), (1, 0))
+
+    def drop_in_back(i: int) -> Tensor:
+        k = i % num_sets
+        compat.moe_unpermute(y[k], rows[k], weights, index, offsets)
+        return y[k]
+
     make = functools.partial(Operation, tokens=tokens, calls=calls)
     plan_call = Entry(lambda _: bridge.plan_dispatch(ids, EXPERTS), check_plan)
     yield make("plan", bytes=pairs * 12 + EXPERTS * 4, ours=plan_call)
@@ -94,6 +101,7 @@ def _movement(tokens: int) -> Iterator[Operation]:
             permute.set_maps(plan.rows, plan.group_sizes)
         others["vLLM moe_unpermute"] = into_y(unpermute)
     yield make("combine", bytes=moved + pairs * 8, ours=into_y(combine), peers=others)
+    yield make("unpermute, vLLM's form", bytes=moved + pairs * 8, ours=into_y(drop_in_back), peers=others)
 
 
 def align(quick: bool) -> Iterator[Build]:

@@ -23,6 +23,7 @@ SHOWN = (
     "align 64",
     "align 64, vLLM's form",
     "combine",
+    "unpermute, vLLM's form",
     "step deepseek-v3",
     "layer",
 )

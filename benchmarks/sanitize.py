@@ -97,7 +97,9 @@ def blocks(device: str, tokens: int, slots: int, *, here: bool = False, named: b
     aligned = vllm.moe_align_block_size(ids, 16, 73, expert_map, ignore_invalid_experts=here)
     x = _random(device, 6, tokens, WIDTH, dtype=BF16)
     rows, _, *maps = vllm.moe_permute(x, None, ids, 73, 9 if expert_map is not None else -1, expert_map)
-    return [*aligned, rows, *maps]
+    out, weights = torch.empty_like(x), _random(device, 7, tokens, slots)
+    vllm.moe_unpermute(out, rows, weights, maps[1], maps[0])
+    return [*aligned, rows, *maps, out]
 
 
 def experts(device: str, dtype: torch.dtype, rows: int, activation: str, *, transposed: bool) -> list[Tensor]:

@@ -157,15 +157,24 @@ def _dispatch(
 
 
 def _combine(
-    name: str, dtype: Any, tokens: int, width: int = 7168, slots: int = 8, *, weights: Any = F32, aliased: bool = False
+    name: str,
+    dtype: Any,
+    tokens: int,
+    width: int = 7168,
+    slots: int = 8,
+    *,
+    weights: Any = F32,
+    ends: bool = False,
+    aliased: bool = False,
 ) -> Entry:
-    def fn(x: Any, rows: Any, weights: Any, out: Any, target: str) -> Any:
-        return combine(x, rows, weights, out=out, target=target)
+    def fn(x: Any, rows: Any, weights: Any, end: Any, out: Any, target: str) -> Any:
+        return combine(x, rows, weights, end=end, out=out, target=target)
 
     args = (
         _shape(dtype, tokens * slots, width),
         _shape(I32, tokens, slots),
         None if weights is None else _shape(weights, tokens, slots),
+        _shape(I32, 2) if ends else None,
         _shape(dtype, tokens, width) if aliased else None,
     )
     return Entry(f"combine {name}", ("combine",), fn, args)
@@ -276,6 +285,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _dispatch("float16, scaled, ragged width", F16, 512, 1000, scale=F32),
     _combine("bfloat16", BF16, 4096),
     _combine("bfloat16, 1024 tokens", BF16, 1024),
+    _combine("bfloat16, up to where rows end", BF16, 64, ends=True),
     _combine("bfloat16, over 2**31 elements, into out", BF16, LONG, aliased=True),
     _combine("float32, over 2**31 elements", F32, LONG),
     _combine("float16, unweighted, ragged width", F16, 512, 1000, weights=None),

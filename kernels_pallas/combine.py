@@ -36,9 +36,12 @@ def grid_for(num_tokens: int, width: int, config: Config) -> tuple[int, int]:
     return (num_tokens * tiles, 1) if config.by_token else (num_tokens, tiles)
 
 
-def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool) -> None:
+def _combine_kernel(
+    *refs: Any, config: Config, num_slots: int, width: int, column: int, has_weights: bool, has_end: bool
+) -> None:
     x_ref, rows_ref, *rest = refs
     weights_ref = rest[0] if has_weights else None
+    end = rest[int(has_weights)][0] if has_end else None
     out_ref = rest[-1]
     token, tile = pl.program_id(0), pl.program_id(1)
     if config.by_token:
@@ -49,6 +52,8 @@ def _combine_kernel(*refs: Any, config: Config, num_slots: int, width: int, colu
     total, policy = jnp.zeros((config.columns,), jnp.float32), "evict_first" if config.once else None
     for slot in range(num_slots):
         row = rows_ref[token, slot]
+        if end is not None:
+            row = jnp.where(row < end, row, -1)
         at, mask = x_ref.at[jnp.maximum(row, 0), column + col], in_row & (row >= 0)
         x = load(at, mask=mask, other=0.0, eviction_policy=policy).astype(jnp.float32)
         if weights_ref is not None:  # a dropped pair adds nothing, whatever its weight
@@ -62,6 +67,7 @@ def combine(
     rows: jax.Array,
     weights: jax.Array | None,
     *,
+    end: jax.Array | None = None,
     column: int = 0,
     width: int | None = None,
     out: jax.Array | None = None,
@@ -73,15 +79,22 @@ def combine(
     """[T, width]: the sum over slots j = 0, 1, ... of weights[t, j] * x[rows[t, j]], in float32, then in x's dtype.
 
     x [M, at least column + width], of which the columns from `column` on are read; rows int32 [T, S], -1 = dropped;
-    weights [T, S] of any float dtype, None = ones. `out` [T, width]: the result takes over its buffer.
+    weights [T, S] of any float dtype, None = ones. `end` int32 [n]: rows at or past its first number are dropped too.
+    `out` [T, width]: the result takes over its buffer.
     """
     num_tokens, num_slots = rows.shape
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
     config = config or config_for(num_tokens, num_slots, width, x.dtype, target)
-    args = [x, rows, *([] if weights is None else [weights])]
+    args = [x, rows, *([] if weights is None else [weights]), *([] if end is None else [end])]
     kernel = functools.partial(
-        _combine_kernel, config=config, num_slots=num_slots, width=width, column=column, has_weights=weights is not None
+        _combine_kernel,
+        config=config,
+        num_slots=num_slots,
+        width=width,
+        column=column,
+        has_weights=weights is not None,
+        has_end=end is not None,
     )
     return launch(
         kernel,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import bridge
+from bridge.checks import check_no_gradient
 from bridge.compat import check_matrix, described, renamed, route_groups
-from bridge.ops.dispatch import align_blocks, permute_maps_out
+from bridge.ops.dispatch import align_blocks, permute_maps_out, unpermute_out
 from jaxmoe.dispatch import check_plan_sizes
 
 __all__ = ["grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
@@ -34,7 +35,12 @@ _PERMUTE_NAMES = {
     "out": "permuted_hidden_states",
     "plan.rows": "topk_ids",
 }
-_UNPERMUTE_NAMES = {"rows": "permuted_hidden_states", "weights": "topk_weights", "plan.rows": "inv_permuted_idx"}
+_UNPERMUTE_NAMES = {
+    "rows": "permuted_hidden_states",
+    "weights": "topk_weights",
+    "plan.rows": "inv_permuted_idx",
+    "offsets": "expert_first_token_offset",
+}
 
 
 def grouped_topk(
@@ -308,8 +314,8 @@ def moe_unpermute(
 ) -> None:
     """Sums each token's rows by its weights into `out`; what moe_permute, here or of vLLM, has permuted.
 
-    One launch, and with `expert_first_token_offset` two small ones before it. The sum goes over the slots in order, in
-    float32. No gradient: under autograd's eye it is refused, as everything that writes in place.
+    One launch. The sum goes over the slots in order, in float32. No gradient: under autograd's eye it is refused, as
+    everything that writes in place.
 
     Args:
       out: [T, H] of permuted_hidden_states' dtype, written in place.
@@ -346,9 +352,12 @@ def moe_unpermute(
         if not isinstance(offsets, torch.Tensor) or offsets.dtype != torch.int64 or offsets.ndim != 1:
             got = described(offsets)
             raise ValueError(f"expert_first_token_offset: expected int64 [n_local_expert + 1], got {got}")
-        index = torch.add(index, index >= offsets[-1], alpha=-(2**31))  # negative: adds nothing
-    unused = index.new_empty(rows.shape[0])  # `combine` sums by the plan's rows alone
     try:
+        if offsets is not None:
+            check_no_gradient(permuted_hidden_states=rows, topk_weights=topk_weights)
+            unpermute_out(rows, index.reshape(topk_weights.shape), topk_weights, offsets, out)
+            return
+        unused = index.new_empty(rows.shape[0])  # `combine` sums by the plan's rows alone
         plan = bridge.DispatchPlan(index.reshape(topk_weights.shape), unused, unused)
         bridge.combine(rows, plan, topk_weights, out=out)
     except ValueError as error:

@@ -235,6 +235,7 @@ def _combine(
     rows: int,
     divisor: int,
     tokens: int,
+    ends: bool,
     config: combine_kernels.Config,
     is_aligned: bool,
     device: int,
@@ -247,13 +248,23 @@ def _combine(
         x=shape(x, rows, stride),
         rows=shape(INT32, tokens, num_slots),
         weights=None if weights is None else shape(weights, tokens, num_slots),
+        end=shape(INT32, 2) if ends else None,
         width=width,
         config=config,
     )[0]
 
 
-def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Fills `out` [T, H] with the sums of rows of x [M, H], weighted where there are weights [T, S]."""
+def combine(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor | None,
+    out: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+) -> None:
+    """Fills `out` [T, H] with the sums of rows of x [M, H], weighted where there are weights [T, S].
+
+    Rows at or past the last of `offsets`, int64, are left out.
+    """
     (num_tokens, num_slots), (num_rows, width) = rows.shape, x.shape
     if out.numel() == 0 or num_rows == 0:
         out.zero_()
@@ -262,6 +273,9 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
     if weights is not None:
         ins.append(weights.data_ptr())
     into = out.data_ptr()
+    is_aligned = aligned(*ins, into)
+    if offsets is not None:  # the low word of the last one, read by itself: it may lie anywhere
+        ins.append(offsets.data_ptr() + (offsets.numel() - 1) * offsets.itemsize)
     stride, many, divisor, distance = laid(x, num_rows)
     config = combine_kernels.config_for(num_tokens, num_slots, width, JAX_DTYPES[x.dtype], _platform())
     kernel = _combine(
@@ -273,8 +287,9 @@ def combine(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, o
         many,
         divisor,
         rows_for(num_tokens, width, out.itemsize),
+        offsets is not None,
         config,
-        aligned(*ins, into),
+        is_aligned,
         x.get_device(),
     )
     kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, *distance, into)

@@ -129,12 +129,18 @@ def _check_maps(
         raise ValueError(f"offsets: expected int64 of 2 to E + 1 = {group_sizes.shape[0] + 1}, got {offsets.shape[0]}")
 
 
-def _permute_maps_native(
+def _check_maps_apart(
     rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
 ) -> None:
     _check_maps(rows, slots, group_sizes, offsets, inverse, index)
     outs: dict[str, Tensor | None] = {"offsets": offsets, "inverse": inverse, "index": index}
     check_out(outs, {"rows": rows, "slots": slots, "group_sizes": group_sizes})
+
+
+def _permute_maps_native(
+    rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
+) -> None:
+    _check_maps_apart(rows, slots, group_sizes, offsets, inverse, index)
     native.permute_maps(rows, slots, group_sizes, offsets, inverse, index)
     increment_version([offsets, inverse, index])
 
@@ -142,7 +148,7 @@ def _permute_maps_native(
 def _permute_maps_plain(
     rows: Tensor, slots: Tensor, group_sizes: Tensor, offsets: Tensor, inverse: Tensor, index: Tensor
 ) -> None:
-    _check_maps(rows, slots, group_sizes, offsets, inverse, index)
+    _check_maps_apart(rows, slots, group_sizes, offsets, inverse, index)
     pairs = slots.numel()
     offsets[:1] = 0
     torch.cumsum(group_sizes[: len(offsets) - 1], 0, out=offsets[1:])
@@ -337,6 +343,40 @@ combine_out = define(
     native=_combine_out_native,
     plain=_combine_out_plain,
     fake=_check_combine_out,
+)
+
+
+def _check_unpermute(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+    check("plan.rows", rows, ("T", "S"), INT32)
+    check("rows", x, ("M", "H"))
+    row_stride("rows", x)
+    check("weights", weights, rows.shape)
+    check("offsets", offsets, ("local + 1",), (torch.int64,))
+    if offsets.shape[0] < 1:
+        raise ValueError("offsets: expected at least one element along axis 0, got int64[0]")
+    check("out", out, (rows.shape[0], x.shape[1]), (x.dtype,))
+    check_layout(x.device, **{"plan.rows": rows, "weights": weights, "offsets": offsets, "out": out})
+
+
+def _unpermute_native(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+    _check_unpermute(x, rows, weights, offsets, out)
+    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "offsets": offsets})
+    native.combine(x, rows, weights, out, offsets)
+    increment_version(out)
+
+
+def _unpermute_plain(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+    _check_unpermute(x, rows, weights, offsets, out)
+    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "offsets": offsets})
+    held = rows.where(rows < offsets[-1], -1)
+    combine_out(x, held, rows.new_empty(x.shape[0]), weights, out)  # which reads the plan's rows alone
+
+
+unpermute_out = define(
+    "unpermute_out(Tensor x, Tensor rows, Tensor weights, Tensor offsets, Tensor(a!) out) -> ()",
+    native=_unpermute_native,
+    plain=_unpermute_plain,
+    fake=_check_unpermute,
 )
 
 

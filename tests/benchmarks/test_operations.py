@@ -185,6 +185,7 @@ def test_movement() -> None:
         ("plan + dispatch", "vLLM moe_permute"),
         ("permute, vLLM's form", "vLLM moe_permute"),
         ("combine", "vLLM moe_unpermute"),
+        ("unpermute, vLLM's form", "vLLM moe_unpermute"),
     ]
 
 

@@ -73,6 +73,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "dispatch_backward": (OPS.dispatch_backward, (normal(M, H), rows, slots)),
         "combine": (OPS.combine, (normal(M, H, grad=True), rows, slots, normal(T, 4, grad=True))),
         "combine_out": (OPS.combine_out, (normal(M, H), rows, slots, normal(T, 4), empty(T, H))),
+        "unpermute_out": (
+            OPS.unpermute_out,
+            (normal(M, H), rows, normal(T, 4), torch.tensor([0, 4, 9]), empty(T, H)),
+        ),
         "combine_backward": (OPS.combine_backward, (normal(T, H), normal(M, H), rows, slots, normal(T, 4))),
         "grouped_matmul": (OPS.grouped_matmul, (normal(M, H, grad=True), gate_up, sizes)),
         **{

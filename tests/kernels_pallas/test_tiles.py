@@ -47,3 +47,15 @@ def test_combine_by_token(width: int) -> None:
     oracle = np.where(rows[..., None] >= 0, np.asarray(x, np.float64)[rows], 0.0)
     oracle = np.sum(oracle * np.asarray(weights)[..., None], axis=1)
     np.testing.assert_allclose(got, oracle, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [0, 7, 15])
+def test_combine_up_to_an_end(end: int) -> None:
+    """Rows at or past it add nothing, as if they had been dropped, even where they hold NaN."""
+    x, weights = normal(1, 15, 64).at[end:].set(jnp.nan), normal(2, 5, 3)
+    rows = jnp.asarray([[3, 0, 14], [-1, 2, 5], [1, 4, 6], [7, -1, -1], [8, 9, 10]], jnp.int32)
+    ends = jnp.asarray([end, 0], jnp.int32)
+    got = combine.combine(x, rows, weights, end=ends, interpret=True)
+    wanted = combine.combine(x, jnp.where(rows < end, rows, -1), weights, interpret=True)
+    np.testing.assert_array_equal(got, wanted, strict=True)
+    assert np.isfinite(got).all()
