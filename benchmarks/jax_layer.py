@@ -3,9 +3,10 @@
     python -m benchmarks.jax_layer [--output results.json]
 
 DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
-of calls that are waited for one by one, on the host's clock for both (the calls are far longer than what the host does
-for them): behind one another they would hold several results of gigabytes at once, and what is measured then is how
-JAX's allocator grows. The torch layer is plain glue around `torch._grouped_mm`.
+on the host's clock. Of forward passes several are queued and waited for together, so that what the host does for one is
+hidden behind the one before; those with gradients are waited for one by one, since behind one another they would hold
+several results of gigabytes at once, and what is measured then is how JAX's allocator grows. The torch layer is plain
+glue around `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import torch
 import jaxmoe
 from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
+QUEUED = 4  # forward passes
+
 
 def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     make = lambda i, *shape: (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) * scale).astype(jnp.bfloat16)
@@ -41,13 +44,13 @@ def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     )
 
 
-def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
-    """The median of `calls` calls, after three that do not count."""
+def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int, *, queued: int = 1) -> float:
+    """The median of `calls` times, after three that do not count; each the mean of as many calls as are queued."""
     times = []
     for _ in range(calls + 3):
         start = time.perf_counter()
-        wait(call())  # and what it returned is free again before the next
-        times.append(time.perf_counter() - start)
+        wait([call() for _ in range(queued)])  # and what they returned is free again before the next
+        times.append((time.perf_counter() - start) / queued)
     return statistics.median(times[3:]) * 1e3
 
 
@@ -63,7 +66,7 @@ def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool =
         return jnp.sum(jaxmoe.moe(x, full, CONFIG, implementation=implementation)[0].astype(jnp.float32) ** 2)
 
     both, weights = jax.jit(loss), (params.router, params.gate_up, params.down)
-    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls)}
+    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls, queued=QUEUED)}
     if forward_only:
         return times
     step = lambda: both(x, weights, params.bias)
@@ -94,9 +97,9 @@ def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward().float().square().sum(), (x, router, gate_up, down))
 
-    timed = lambda call: _milliseconds(call, lambda _: torch.cuda.synchronize(), calls)
+    timed = functools.partial(_milliseconds, wait=lambda _: torch.cuda.synchronize(), calls=calls)
     with torch.no_grad():
-        times, y = {"forward": timed(forward)}, forward()
+        times, y = {"forward": timed(forward, queued=QUEUED)}, forward()
     times["forward and backward"] = timed(both)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
