@@ -39,6 +39,15 @@ def _find_out(device: int) -> bool:
     return _runs_natively[device]
 
 
+def runs_natively(tensor: torch.Tensor) -> bool:
+    """Whether this tensor lies on a GPU that the kernels run on."""
+    if not tensor.is_cuda:
+        return False
+    device = tensor.get_device()
+    natively = _runs_natively.get(device)
+    return _find_out(device) if natively is None else natively
+
+
 def takes_ops(tensor: Any, implementation: str | None) -> bool:
     """Whether a call on this tensor goes through the torch ops.
 
@@ -51,11 +60,7 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
         kind = type(tensor)
         if kind not in _PLAIN:
             return isinstance(tensor, torch.Tensor)
-        if not tensor.is_cuda:
-            return False
-        device = tensor.get_device()
-        natively = _runs_natively.get(device)
-        return _find_out(device) if natively is None else natively
+        return runs_natively(tensor)
     if implementation != "native":
         return False
     if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:

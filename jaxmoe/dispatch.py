@@ -58,12 +58,16 @@ def check_plan_sizes(num_experts: Any, align: Any) -> None:
             raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
 
 
+MOST_ROWS = 3 * 2**29
+
+
 def check_plan_rows(shape: Any, num_experts: int, align: int) -> None:
     """Raises ValueError for more pairs or rows than the plan's 32-bit numbers have room for."""
     pairs = shape[0] * shape[1]
-    if pairs >= 2**27 or num_rows(pairs, num_experts, align) >= 2**31 - 2**20:
+    # What fills the rows goes up to 2**28 past the last one, masked.
+    if pairs >= 2**27 or num_rows(pairs, num_experts, align) >= MOST_ROWS:
         raise ValueError(
-            f"experts: expected fewer than 2**27 pairs, and than 2**31 rows after alignment, got {list(shape)}"
+            f"experts: expected fewer than 2**27 pairs, and than 3 * 2**29 rows after alignment, got {list(shape)}"
         )
 
 

@@ -66,10 +66,10 @@ def num_rows(num_items: int, num_experts: int, align: int) -> int:
     return (num_items + num_experts * (align - 1) + align - 1) // align * align
 
 
-def sizes_for(num_items: int, num_experts: int, align: int, config: Config) -> dict[str, int]:
+def sizes_for(num_items: int, rows: int, config: Config) -> dict[str, int]:
     """The sizes of every launch: `blocks` there are, `steps` of them in a chunk."""
     blocks = pl.cdiv(num_items, config.block)
-    sizes = {"num_items": num_items, "rows": num_rows(num_items, num_experts, align), "blocks": blocks}
+    sizes = {"num_items": num_items, "rows": rows, "blocks": blocks}
     return {**sizes, "steps": pl.cdiv(blocks, config.chunks)} if config.chunks else sizes
 
 
@@ -358,7 +358,7 @@ def planned(
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """The results of one launch, called names[0], or of two."""
-    sizes = {**sizes_for(experts.size, num_experts, align, config), "rows": rows}
+    sizes = sizes_for(experts.size, rows, config)
     grids = [(programs,) for programs in grids_for(num_experts, sizes, config)]
     ids = [experts.reshape(-1), *([] if given_map is None else [given_map])]
     common: dict[str, Any] = {"num_experts": num_experts, "form": form, "config": config}

@@ -277,7 +277,8 @@ _POLICY = re.compile(
 def _with_policies(ttir: str, version: str) -> str:
     """How long the cache keeps what is loaded or stored, as this triton writes it: otherwise from 3.9 on."""
     said = " evictionPolicy = {} :"
-    if tuple(int(part) for part in version.split(".")[:2]) >= (3, 9):
+    major, minor = re.findall(r"\d+", version)[:2]
+    if (int(major), int(minor)) >= (3, 9):
         said = " {{cachePolicy = #tt.cache_policy<cache_modifier = none, eviction_policy = {}>}} :"
     ttir, found = _POLICY.subn(lambda match: said.format(match[1] or match[2]), ttir)
     if found != len(re.findall(r"evict_\w+", ttir)):

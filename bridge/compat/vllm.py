@@ -34,12 +34,15 @@ _PERMUTE_NAMES = {
     "x": "hidden_states",
     "out": "permuted_hidden_states",
     "plan.rows": "topk_ids",
+    "offsets": "scratch.expert_first_token_offset",
+    "inverse": "scratch.inv_permuted_idx",
+    "index": "scratch.permuted_idx",
 }
 _UNPERMUTE_NAMES = {
     "rows": "permuted_hidden_states",
     "weights": "topk_weights",
     "plan.rows": "inv_permuted_idx",
-    "offsets": "expert_first_token_offset",
+    "end": "expert_first_token_offset",
 }
 
 
@@ -111,6 +114,8 @@ def _as_int32(topk_ids: torch.Tensor) -> torch.Tensor:
     check_matrix("topk_ids", topk_ids)
     if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
         raise ValueError(f"topk_ids: expected integers, got {described(topk_ids)}")
+    if topk_ids.dtype in (torch.int64, torch.uint32, torch.uint64):  # which does not fit is no expert's, and stays so
+        topk_ids = topk_ids.to(torch.int64).clamp(-1, 2**31 - 1)
     return topk_ids.to(torch.int32)  # the tensor itself where it is int32
 
 
@@ -134,7 +139,8 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, ...]:
     """Orders the (token, slot) pairs by expert and fills each expert up to whole blocks, for a grouped product.
 
-    One launch, or two for many pairs; small ones more with `return_scatter_idx`, and one with ids that are not int32.
+    One launch, or two for many pairs; small ones more with `return_scatter_idx`, one or two with ids that are not
+    int32, one with an `expert_map` that is not contiguous.
 
     Beside vLLM: the pairs of an expert keep the order of their flat index (vLLM's may differ from run to run), and
     `expert_ids` behind the last block in use are -1 (with `expert_map` vLLM may have the map's last entry there).
@@ -178,6 +184,8 @@ def moe_align_block_size(
                 "return_scatter_idx: expected False with expert_map, unless ignore_invalid_experts is True"
             )
     named = expert_map is not None and not ignore_invalid_experts
+    if named and expert_map is not None:
+        expert_map = expert_map.contiguous()
     try:
         check_plan_sizes(num_experts, block_size)
         pairs = ids.numel()
@@ -237,7 +245,7 @@ def moe_permute(
     """Copies tokens into the order of their experts, for a grouped product.
 
     Three launches, or four: one or two for the plan, one for the rows, one for offsets and index maps; three more for
-    scales, one for ids that are not int32.
+    scales, one or two for ids that are not int32.
 
     Beside vLLM: rows that hold no token are zero (vLLM leaves them as they were), and every pair that has no row, its
     expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM
@@ -288,21 +296,26 @@ def moe_permute(
         expert_map = _checked_map(expert_map, n_expert, "n_expert")
     if a1q_scale is not None:
         _check_scale(a1q_scale, ids.shape[0])
-    if scratch is not None and scratch.expert_first_token_offset.shape != (n_local + 1,):
-        got = described(scratch.expert_first_token_offset)
-        raise ValueError(f"scratch: expected expert_first_token_offset int64 [{n_local + 1}], got {got}")
+    if scratch is not None:
+        offsets = scratch.expert_first_token_offset
+        if offsets.shape != (n_local + 1,) or offsets.dtype != torch.int64:
+            got = described(offsets)
+            raise ValueError(f"scratch: expected expert_first_token_offset int64 [{n_local + 1}], got {got}")
     try:
         plan = bridge.plan_dispatch(ids, n_expert if expert_map is None else n_local, expert_map=expert_map)
+        offsets, inverse, index = _permute_buffers(plan, n_local, scratch)
+        permute_maps_out(*plan, offsets, inverse, index)
         rows = bridge.dispatch(_as_words("hidden_states", hidden_states), plan, out=out)
     except ValueError as error:
         raise renamed(error, _PERMUTE_NAMES) from None
 
     if a1q_scale is not None and a1q_scale.ndim > 1:
         a1q_scale = a1q_scale[plan.slots // ids.shape[1]]  # -1 is the last token
-    offsets, inverse, index = _permute_buffers(plan, n_local, scratch)
-    permute_maps_out(*plan, offsets, inverse, index)
-    permuted = rows.view(hidden_states.dtype) if permuted_hidden_states is None else permuted_hidden_states
-    return permuted, a1q_scale, offsets, inverse, index
+    if permuted_hidden_states is not None:
+        rows = permuted_hidden_states
+    elif rows.dtype != hidden_states.dtype:  # a view has no gradient
+        rows = rows.view(hidden_states.dtype)
+    return rows, a1q_scale, offsets, inverse, index
 
 
 def moe_unpermute(
@@ -355,7 +368,8 @@ def moe_unpermute(
     try:
         if offsets is not None:
             check_no_gradient(permuted_hidden_states=rows, topk_weights=topk_weights)
-            unpermute_out(rows, index.reshape(topk_weights.shape), topk_weights, offsets, out)
+            index = index.reshape(topk_weights.shape).contiguous()
+            unpermute_out(rows, index, topk_weights, offsets[-1:], out)
             return
         unused = index.new_empty(rows.shape[0])  # `combine` sums by the plan's rows alone
         plan = bridge.DispatchPlan(index.reshape(topk_weights.shape), unused, unused)

@@ -67,7 +67,7 @@ def _launch_plan(
 ) -> None:
     num_items = experts.numel()
     config = plan_kernels.config_for(num_items, num_experts, align, _platform())
-    sizes = {**plan_kernels.sizes_for(num_items, num_experts, align, config), "rows": slots.numel()}
+    sizes = plan_kernels.sizes_for(num_items, slots.numel(), config)
     grids, numbers = plan_kernels.grids_for(num_experts, sizes, config), sizes.values()
     ids = [experts.data_ptr()]
     if given_map is not None:
@@ -259,11 +259,11 @@ def combine(
     rows: torch.Tensor,
     weights: torch.Tensor | None,
     out: torch.Tensor,
-    offsets: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
 ) -> None:
     """Fills `out` [T, H] with the sums of rows of x [M, H], weighted where there are weights [T, S].
 
-    Rows at or past the last of `offsets`, int64, are left out.
+    Rows at or past `end`, int64 [1], are left out.
     """
     (num_tokens, num_slots), (num_rows, width) = rows.shape, x.shape
     if out.numel() == 0 or num_rows == 0:
@@ -274,8 +274,8 @@ def combine(
         ins.append(weights.data_ptr())
     into = out.data_ptr()
     is_aligned = aligned(*ins, into)
-    if offsets is not None:  # the low word of the last one, read by itself: it may lie anywhere
-        ins.append(offsets.data_ptr() + (offsets.numel() - 1) * offsets.itemsize)
+    if end is not None:
+        ins.append(end.data_ptr())  # its low word, read by itself: it may lie anywhere
     stride, many, divisor, distance = laid(x, num_rows)
     config = combine_kernels.config_for(num_tokens, num_slots, width, JAX_DTYPES[x.dtype], _platform())
     kernel = _combine(
@@ -287,7 +287,7 @@ def combine(
         many,
         divisor,
         rows_for(num_tokens, width, out.itemsize),
-        offsets is not None,
+        end is not None,
         config,
         is_aligned,
         x.get_device(),

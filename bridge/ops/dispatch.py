@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ import torch
 from torch.autograd.graph import increment_version
 
 import jaxmoe
+from bridge import path
 from bridge.call import call
 from bridge.checks import INT32, check, check_layout, check_out, row_stride
 from bridge.native import dispatch as native
 from bridge.ops.library import define
 from jaxmoe import reference
 from jaxmoe.arguments import Rows, dense
-from jaxmoe.dispatch import check_plan_rows, check_plan_sizes
+from jaxmoe.dispatch import MOST_ROWS, check_plan_rows, check_plan_sizes
 from kernels_pallas.plan_dispatch import num_rows
 
 Tensor = torch.Tensor
@@ -75,15 +77,16 @@ def _align_fake(
 def _check_length(length: int, pairs: int, num_experts: int, block_size: int) -> None:
     """Every row in use has a place. Not for the fake, where it would make torch.compile guard on the tokens."""
     least = min(pairs * block_size, pairs + num_experts * (block_size - 1))
-    if length < least:
-        raise ValueError(f"length: expected at least {least} for {pairs} pairs, got {length}")
+    if not least <= length < MOST_ROWS:
+        raise ValueError(f"length: expected {least} for {pairs} pairs, or more, to {MOST_ROWS - 1}, got {length}")
 
 
 def _align_native(
     experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outs = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
     _check_length(length, experts.numel(), num_experts, block_size)
+    outs = _align_fake(experts, num_experts, block_size, expert_map, named, length)
     native.align_blocks(experts, num_experts, block_size, expert_map, named, *outs)
     return outs
 
@@ -91,24 +94,36 @@ def _align_native(
 def _align_plain(
     experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, block_experts, used = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
     _check_length(length, experts.numel(), num_experts, block_size)
-    _, slots, sizes = plan_dispatch(experts, num_experts, block_size, None if named else expert_map)
+    pairs, block_experts, used = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    _, slots, sizes = _plan_plain(experts, num_experts, block_size, None if named else expert_map)
     pairs.fill_(experts.numel())
     pairs[: len(slots)] = slots[:length].where(slots[:length] >= 0, experts.numel())
-    names = (
-        expert_map[:num_experts] if named and expert_map is not None else torch.arange(num_experts, dtype=torch.int32)
-    )
-    of_block = names.repeat_interleave(sizes // block_size)
-    block_experts.fill_(-1)
-    block_experts[: len(of_block)] = of_block
-    return pairs, block_experts, used.copy_(sizes.sum(0, keepdim=True))
+    end = sizes.cumsum(0)
+    begin = torch.arange(len(block_experts), device=experts.device) * block_size
+    expert = torch.searchsorted(end, begin, right=True).clamp(max=num_experts - 1)
+    name = expert if not named or expert_map is None else expert_map[expert]
+    block_experts.copy_(name.where(begin < end[-1], -1))
+    return pairs, block_experts, used.copy_(end[-1:])
+
+
+def _where_it_runs(native: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """On a GPU that the kernels do not run on, through JAX's runtime, as on a CPU: a drop-in asks for no path."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        if path.runs_natively(first):
+            return native(first, *rest)
+        with torch.no_grad():
+            return plain(first, *rest)
+
+    return run
 
 
 align_blocks = define(
     "align_blocks(Tensor experts, int num_experts, int block_size, Tensor? expert_map, bool named, SymInt length)"
     " -> (Tensor, Tensor, Tensor)",
-    native=_align_native,
+    native=_where_it_runs(_align_native, _align_plain),
     plain=_align_plain,
     fake=_align_fake,
 )
@@ -159,7 +174,7 @@ def _permute_maps_plain(
 permute_maps_out = define(
     "permute_maps_out(Tensor rows, Tensor slots, Tensor group_sizes, Tensor(a!) offsets, Tensor(b!) inverse,"
     " Tensor(c!) index) -> ()",
-    native=_permute_maps_native,
+    native=_where_it_runs(_permute_maps_native, _permute_maps_plain),
     plain=_permute_maps_plain,
     fake=_check_maps,
 )
@@ -346,35 +361,33 @@ combine_out = define(
 )
 
 
-def _check_unpermute(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+def _check_unpermute(x: Tensor, rows: Tensor, weights: Tensor, end: Tensor, out: Tensor) -> None:
     check("plan.rows", rows, ("T", "S"), INT32)
     check("rows", x, ("M", "H"))
     row_stride("rows", x)
     check("weights", weights, rows.shape)
-    check("offsets", offsets, ("local + 1",), (torch.int64,))
-    if offsets.shape[0] < 1:
-        raise ValueError("offsets: expected at least one element along axis 0, got int64[0]")
+    check("end", end, (1,), (torch.int64,))
     check("out", out, (rows.shape[0], x.shape[1]), (x.dtype,))
-    check_layout(x.device, **{"plan.rows": rows, "weights": weights, "offsets": offsets, "out": out})
+    check_layout(x.device, **{"plan.rows": rows, "weights": weights, "end": end, "out": out})
 
 
-def _unpermute_native(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
-    _check_unpermute(x, rows, weights, offsets, out)
-    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "offsets": offsets})
-    native.combine(x, rows, weights, out, offsets)
+def _unpermute_native(x: Tensor, rows: Tensor, weights: Tensor, end: Tensor, out: Tensor) -> None:
+    _check_unpermute(x, rows, weights, end, out)
+    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "end": end})
+    native.combine(x, rows, weights, out, end)
     increment_version(out)
 
 
-def _unpermute_plain(x: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
-    _check_unpermute(x, rows, weights, offsets, out)
-    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "offsets": offsets})
-    held = rows.where(rows < offsets[-1], -1)
-    combine_out(x, held, rows.new_empty(x.shape[0]), weights, out)  # which reads the plan's rows alone
+def _unpermute_plain(x: Tensor, rows: Tensor, weights: Tensor, end: Tensor, out: Tensor) -> None:
+    _check_unpermute(x, rows, weights, end, out)
+    check_out({"out": out}, {"rows": x, "plan.rows": rows, "weights": weights, "end": end})
+    held = rows.where(rows < end, -1)
+    _combine_out_plain(x, held, rows.new_empty(x.shape[0]), weights, out)  # which reads the plan's rows alone
 
 
 unpermute_out = define(
-    "unpermute_out(Tensor x, Tensor rows, Tensor weights, Tensor offsets, Tensor(a!) out) -> ()",
-    native=_unpermute_native,
+    "unpermute_out(Tensor x, Tensor rows, Tensor weights, Tensor end, Tensor(a!) out) -> ()",
+    native=_where_it_runs(_unpermute_native, _unpermute_plain),
     plain=_unpermute_plain,
     fake=_check_unpermute,
 )

@@ -286,7 +286,7 @@ WORK: list[tuple[Any, dict[str, Any], list[str]]] = [
     (A, {}, []),
     (A, HERE, []),
     (A, {"return_scatter_idx": True}, ["ge", "lt", "bitwise_and", "arange", "scalar_tensor", "where"]),
-    (A, {"topk_ids": ids(dtype=torch.int64)}, ["_to_copy"]),
+    (A, {"topk_ids": ids(dtype=torch.int64)}, ["clamp", "_to_copy"]),
     (P, {}, []),
     (P, HERE, []),
     (P, {"hidden_states": tensor_of(T, H, dtype=torch.uint8)}, []),

@@ -12,6 +12,7 @@ import jax
 import pytest
 import torch
 
+import bridge
 from bridge.compat import vllm
 
 
@@ -80,6 +81,9 @@ CASES = [
         expert_map=(1, -1, 0, 2, *[-1] * 9),
         num_local=5,
         peers=False,
+    ),
+    Case(
+        "more pairs than one launch aligns, some elsewhere", 6, tokens=300, expert_map=(1, -1, 0, 2, -1, 3), num_local=5
     ),
 ]
 MAPPED = [case for case in CASES if case.expert_map]
@@ -178,6 +182,62 @@ def test_ids_of_any_integer_dtype(dtype: torch.dtype, device: torch.device) -> N
         assert (a is None and b is None) or torch.equal(a, b)
     for a, b in zip(vllm.moe_align_block_size(ids.to(dtype), 4, 9), aligned, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint32], ids=str)
+def test_ids_past_32_bits_are_no_experts(dtype: torch.dtype, device: torch.device) -> None:
+    far = 2**32 if dtype == torch.int64 else 2**31
+    ids = torch.tensor([[0, far], [far + 1, 2]], device=device).to(dtype)
+    sorted_ids, experts, rows = vllm.moe_align_block_size(ids, 2, 3)
+    assert (sorted_ids.tolist(), experts.tolist(), rows.tolist()) == ([0, 4, 3, 4, 4, 4, 4], [0, 2, -1, -1], [4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_permute_has_a_gradient(dtype: torch.dtype, device: torch.device) -> None:
+    case = MAPPED[1]
+    ids, expert_map = case.inputs(device)
+    x = numbers(case.tokens, 16, device=device, dtype=dtype).requires_grad_()
+    rows, _, _, _, index = vllm.moe_permute(x, None, ids, case.num_experts, case.num_local, expert_map)
+    factors = torch.arange(1, len(rows) + 1, device=device, dtype=dtype)[:, None]
+    (grad,) = torch.autograd.grad((rows * factors).sum(), x)
+    held = index < ids.numel()
+    wanted = torch.zeros_like(x, dtype=torch.float64)
+    wanted.index_add_(0, (index // ids.shape[1])[held].long(), factors.double().expand(-1, 16)[held])
+    torch.testing.assert_close(grad.double(), wanted, rtol=0.01, atol=0)
+    assert wanted.any()
+
+
+def test_on_a_gpu_that_the_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ops do for such tensors, here on a CPU: they go through JAX's runtime, as jaxmoe's functions do."""
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    case = MAPPED[1]
+    ids, expert_map = case.inputs(torch.device("cpu"))
+    x, weights = numbers(case.tokens, 16, device=ids.device), numbers(*ids.shape, device=ids.device)
+    rows, _, *maps = vllm.moe_permute(x, None, ids, case.num_experts, case.num_local, expert_map)
+    plan = bridge.plan_dispatch(ids, case.num_local, expert_map=expert_map)
+    ops, filled, sums = torch.ops.jaxmoe, [torch.empty_like(tensor) for tensor in maps], torch.empty_like(x)
+    ops.permute_maps_out.default.redispatch(on_cuda, *plan, *filled)
+    assert all(torch.equal(a, b) for a, b in zip(filled, maps, strict=True))
+    ops.unpermute_out.default.redispatch(on_cuda, rows, maps[1].view(ids.shape), weights, maps[0][-1:], sums)
+    check_unpermute(sums, stated_unpermute(rows, weights, maps[1], maps[0]))
+    wanted = stated_align(ids, 4, case.num_experts, expert_map, False, False)
+    got = ops.align_blocks.default.redispatch(on_cuda, ids, case.num_experts, 4, expert_map, True, len(wanted[0]))
+    assert [tensor.tolist() for tensor in got] == [wanted[0], wanted[1], [wanted[2]]]
+
+
+def test_what_need_not_be_contiguous(device: torch.device) -> None:
+    """A map of names, offsets, of which the last one is read, and vLLM's inverse map."""
+    case = MAPPED[1]
+    ids, expert_map = case.inputs(device)
+    assert expert_map is not None
+    apart = lambda tensor: torch.stack([tensor, tensor], 1)[:, 0]
+    for a, b in zip(*(vllm.moe_align_block_size(ids, 4, 13, m) for m in (expert_map, apart(expert_map))), strict=True):
+        assert torch.equal(a, b)
+    x, weights = numbers(case.tokens, 16, device=device), numbers(*ids.shape, device=device)
+    rows, _, offsets, inverse, _ = vllm.moe_permute(x, None, ids, 13, case.num_local, expert_map)
+    out = torch.empty_like(x)
+    vllm.moe_unpermute(out, rows, weights, apart(inverse), apart(offsets))
+    check_unpermute(out, stated_unpermute(rows, weights, inverse, offsets))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["result", "out"])

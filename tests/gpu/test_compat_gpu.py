@@ -222,10 +222,11 @@ def test_waits_for_nothing(gpu: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_replays_in_a_graph(gpu: Any) -> None:
-    """Captured whole, and replayed on other inputs."""
-    given = step_inputs(gpu, 64)
-    scale = torch.rand(64, 2, device=gpu)
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_replays_in_a_graph(tokens: int, gpu: Any) -> None:
+    """Captured whole, and replayed on other inputs; of 300 tokens pairs are aligned in two launches."""
+    given = step_inputs(gpu, tokens)
+    scale = torch.rand(tokens, 2, device=gpu)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -235,7 +236,7 @@ def test_replays_in_a_graph(gpu: Any) -> None:
     with torch.cuda.graph(graph):
         results = step(*given, scale)
     for seed in (1, 2):
-        fresh = step_inputs(gpu, 64, seed)
+        fresh = step_inputs(gpu, tokens, seed)
         for tensor, value in zip(given, fresh, strict=True):
             tensor.copy_(value)
         given[3].fill_(-77)

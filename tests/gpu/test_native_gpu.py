@@ -435,11 +435,17 @@ def test_opcheck() -> None:
     ]
     for op, args in checks:
         opcheck(op, args)
-    plain = got.weights.detach()
+    plain, maps = got.weights.detach(), (torch.empty_like(plan.slots), torch.empty_like(plan.slots))
     outs: list[tuple[Any, ...]] = [
         (ops.route_out.default, (step.logits, step.bias, None, None, V3.json, plain, got.experts, None)),
         (ops.dispatch_out.default, (step.x, plan.rows, plan.slots, rows)),
         (ops.combine_out.default, (rows, plan.rows, plan.slots, plain, torch.empty_like(step.x))),
+        (ops.align_blocks.default, (got.experts, 257, 8, None, False, 5 * V3.num_slots * 8)),
+        (ops.permute_maps_out.default, (*plan, torch.empty(258, dtype=torch.int64, device="cuda"), *maps)),
+        (
+            ops.unpermute_out.default,
+            (rows, plan.rows, plain, torch.tensor([9], device="cuda"), torch.empty_like(step.x)),
+        ),
     ]
     for op, args in outs:
         opcheck(op, args)
