@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import combine, route
+from kernels_pallas import combine, dispatch, route
 
 RULE = route.Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
 
@@ -59,3 +59,14 @@ def test_combine_up_to_an_end(end: int) -> None:
     wanted = combine.combine(x, jnp.where(rows < end, rows, -1), weights, interpret=True)
     np.testing.assert_array_equal(got, wanted, strict=True)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "one_warp", "once"), [(64, False, True), (512, True, True), (3072, True, True), (4096, False, False)]
+)
+def test_what_rows_about_as_large_as_the_cache_change(tokens: int, one_warp: bool, once: bool) -> None:
+    """7168 columns of bfloat16 and 8 slots: 7, 59, 352 and 470 MB of rows; as measured on an H100, and there alone."""
+    assert (dispatch.config_for(8 * tokens, 7168, jnp.bfloat16, "cuda").num_warps == 1) == one_warp
+    assert combine.config_for(tokens, 8, 7168, jnp.bfloat16, "cuda").once == once
+    assert dispatch.config_for(8 * tokens, 7168, jnp.bfloat16, "rocm").num_warps == 4
+    assert not combine.config_for(tokens, 8, 7168, jnp.bfloat16, "rocm").once
