@@ -324,8 +324,6 @@ def _place_kernel(
     end = jnp.cumsum(size, axis=0, dtype=jnp.int32)
     if out.sizes is not None:
         store(out.sizes.at[expert], size, mask=inside & (program == 0))
-    else:
-        _name_blocks(out, names_ref, end, align, num_experts, rows, program, blocks)
     row = end - size + before
     place = start + jnp.cumsum(count, axis=0, dtype=jnp.int32) - count
 
@@ -342,6 +340,8 @@ def _place_kernel(
         store(out.slots.at[jnp.where(goes, row[None, :] + index, rows + end)], item, mask=goes)
 
     jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[0]), give, None)
+    if out.sizes is None:  # last: before the pairs it takes registers from what comes after (2 spills, triton 3.7.1)
+        _name_blocks(out, names_ref, end, align, num_experts, rows, program, blocks)
 
 
 def planned(
