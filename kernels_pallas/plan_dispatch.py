@@ -266,22 +266,6 @@ def _count_kernel(
     forms.fill(slots_ref, empty, 0, rows, program, blocks + pl.cdiv(blocks, steps) * ranges)
 
 
-def _name_blocks(
-    out: forms.Results, names_ref: Any, end: jax.Array, align: int, num_experts: int, rows: Any, share: Any, shares: Any
-) -> None:
-    """Its share of the blocks: an expert has those that begin before its end; behind the last end they are -1."""
-    tile, whole, used = (8, end.shape[0]), pl.cdiv(rows, align), jnp.max(end)
-    forms.tell(out.used, used, share == 0)
-
-    def step(i: jax.Array, _: None) -> None:
-        block = (i * tile[0] + iota(tile[:1], 0)) * shares + share
-        expert = jnp.sum((end[None, :] <= block[:, None] * align).astype(jnp.int32), axis=1, dtype=jnp.int32)
-        name = jnp.where(block * align < used, forms.name(names_ref, expert, num_experts), -1)
-        store(out.block_experts.at[block], name, mask=block < whole)
-
-    jax.lax.fori_loop(0, pl.cdiv(whole, tile[0] * shares), step, None)
-
-
 def _place_kernel(
     *refs: Any,
     map_size: int,
@@ -341,7 +325,7 @@ def _place_kernel(
 
     jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[0]), give, None)
     if out.sizes is None:  # last: before the pairs it takes registers from what comes after (2 spills, triton 3.7.1)
-        _name_blocks(out, names_ref, end, align, num_experts, rows, program, blocks)
+        forms.name_blocks(out, names_ref, end, align, num_experts, rows, program, blocks)
 
 
 def planned(

@@ -70,3 +70,19 @@ def fill_runs(ref: Any, value: jax.Array, first: jax.Array, count: jax.Array, en
 def tell(ref: Any, number: jax.Array, here: Any) -> None:
     """Writes one number, if this is the program that does."""
     store(ref.at[iota((1,), 0)], jnp.full((1,), number, jnp.int32), mask=jnp.full((1,), here))
+
+
+def name_blocks(
+    out: Results, names_ref: Any, end: jax.Array, align: int, num_experts: int, rows: Any, share: Any, shares: Any
+) -> None:
+    """Its share of the blocks: an expert has those that begin before its end; behind the last end they are -1."""
+    tile, whole, used = (8, end.shape[0]), pl.cdiv(rows, align), jnp.max(end)
+    tell(out.used, used, share == 0)
+
+    def step(i: jax.Array, _: None) -> None:
+        block = (i * tile[0] + iota(tile[:1], 0)) * shares + share
+        expert = jnp.sum((end[None, :] <= block[:, None] * align).astype(jnp.int32), axis=1, dtype=jnp.int32)
+        called = jnp.where(block * align < used, name(names_ref, expert, num_experts), -1)
+        store(out.block_experts.at[block], called, mask=block < whole)
+
+    jax.lax.fori_loop(0, pl.cdiv(whole, tile[0] * shares), step, None)

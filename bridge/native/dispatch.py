@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,16 +25,24 @@ def _platform() -> str:
 
 @functools.cache
 def _plan(
-    num_experts: int, align: int, map_size: int | None, config: plan_kernels.Config, is_aligned: bool, device: int
+    function: Callable[..., Any],
+    static: tuple[tuple[str, Any], ...],  # what it takes besides
+    num_experts: int,
+    align: int,
+    map_size: int | None,
+    config: plan_kernels.Config,
+    is_aligned: bool,
+    device: int,
 ) -> list[Kernel]:
     return build(
-        plan_kernels.plan_dispatch,
+        function,
         device,
         is_aligned,
         experts=shape(INT32, 1, 1),
         expert_map=None if map_size is None else shape(INT32, map_size),
         num_experts=num_experts,
         align=align,
+        **dict(static),
         config=config,
     )
 
@@ -52,18 +61,19 @@ def plan_dispatch(
         slots.fill_(-1)
         group_sizes.zero_()
         return
-    _launch_plan(_plan, experts, expert_map, (rows, slots, group_sizes), slots, num_experts, align)
+    outs = rows, slots, group_sizes
+    _launch_plan(plan_kernels.plan_dispatch, (), experts, expert_map, outs, slots, num_experts, align)
 
 
 def _launch_plan(
-    kernels_for: Callable[..., list[Kernel]],
+    function: Callable[..., Any],
+    static: tuple[tuple[str, Any], ...],
     experts: torch.Tensor,
     given_map: torch.Tensor | None,
     outs: tuple[torch.Tensor, ...],
     slots: torch.Tensor,  # that one of them which has the rows, and is cleared by the first launch of two
     num_experts: int,
     align: int,
-    *static: bool,
 ) -> None:
     num_items = experts.numel()
     config = plan_kernels.config_for(num_items, num_experts, align, _platform())
@@ -79,37 +89,13 @@ def _launch_plan(
     between = [tensor.data_ptr() for tensor in scratch]
     map_size = None if given_map is None else given_map.numel()
     is_aligned = aligned(*ids, *filled, *between)
-    kernels = kernels_for(num_experts, align, map_size, *static, config, is_aligned, experts.get_device())
+    kernels = _plan(function, static, num_experts, align, map_size, config, is_aligned, experts.get_device())
     if not config.chunks:
         kernels[0](grids[0], 1, *ids, *numbers, *filled)
         return
     cleared = slots.data_ptr()
     kernels[0](grids[0], 1, *ids, *numbers, *between, cleared)
     kernels[1](grids[1], 1, *ids, *between, cleared, *numbers, *filled)
-
-
-@functools.cache
-def _align(
-    num_experts: int,
-    align: int,
-    map_size: int | None,
-    named: bool,
-    config: plan_kernels.Config,
-    is_aligned: bool,
-    device: int,
-) -> list[Kernel]:
-    return build(
-        align_kernels.align_blocks,
-        device,
-        is_aligned,
-        experts=shape(INT32, 1, 1),
-        expert_map=None if map_size is None else shape(INT32, map_size),
-        num_experts=num_experts,
-        align=align,
-        length=1,
-        named=named,
-        config=config,
-    )
 
 
 def align_blocks(
@@ -128,7 +114,8 @@ def align_blocks(
         block_experts.fill_(-1)
         used.zero_()
         return
-    _launch_plan(_align, experts, expert_map, (pairs, block_experts, used), pairs, num_experts, align, named)
+    static, outs = (("length", 1), ("named", named)), (pairs, block_experts, used)
+    _launch_plan(align_kernels.align_blocks, static, experts, expert_map, outs, pairs, num_experts, align)
 
 
 @functools.cache

@@ -23,9 +23,7 @@ from kernels_pallas.plan_dispatch import num_rows
 Tensor = torch.Tensor
 
 
-def _plan_fake(
-    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None) -> None:
     check("experts", experts, ("T", "S"), INT32)
     check_layout(experts.device, experts=experts, expert_map=expert_map)
     if experts.shape[1] < 1:
@@ -36,6 +34,12 @@ def _plan_fake(
         if expert_map.shape[0] < 1:
             raise ValueError("expert_map: expected at least one element along axis 0, got int32[0]")
     check_plan_rows(experts.shape, num_experts, align)
+
+
+def _plan_fake(
+    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_ids(experts, num_experts, align, expert_map)
     rows = num_rows(experts.shape[0] * experts.shape[1], num_experts, align)
     return experts.new_empty(experts.shape), experts.new_empty(rows), experts.new_empty(num_experts)
 
@@ -51,7 +55,7 @@ def _plan_native(
 def _plan_plain(
     experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _plan_fake(experts, num_experts, align, expert_map)  # checks
+    _check_ids(experts, num_experts, align, expert_map)
     options = {"num_experts": num_experts, "align": align}
     return tuple(call(jaxmoe.plan_dispatch, {"experts": experts, "expert_map": expert_map}, options))
 
@@ -64,13 +68,21 @@ plan_dispatch = define(
 )
 
 
-def _align_fake(
-    experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
+def _check_named(experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool) -> None:
+    _check_ids(experts, num_experts, block_size, expert_map)
     if named and (expert_map is None or expert_map.shape[0] < num_experts):
         got = "None" if expert_map is None else f"int32[{expert_map.shape[0]}]"
         raise ValueError(f"expert_map: expected a name for each of num_experts={num_experts}, got {got}")
+
+
+def _align_fake(
+    experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_named(experts, num_experts, block_size, expert_map, named)
+    return _align_empty(experts, block_size, length)
+
+
+def _align_empty(experts: Tensor, block_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return experts.new_empty(length), experts.new_empty(-(-length // block_size)), experts.new_empty(1)
 
 
@@ -84,9 +96,9 @@ def _check_length(length: int, pairs: int, num_experts: int, block_size: int) ->
 def _align_native(
     experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
+    _check_named(experts, num_experts, block_size, expert_map, named)
     _check_length(length, experts.numel(), num_experts, block_size)
-    outs = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    outs = _align_empty(experts, block_size, length)
     native.align_blocks(experts, num_experts, block_size, expert_map, named, *outs)
     return outs
 
@@ -94,9 +106,9 @@ def _align_native(
 def _align_plain(
     experts: Tensor, num_experts: int, block_size: int, expert_map: Tensor | None, named: bool, length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _plan_fake(experts, num_experts, block_size, expert_map)  # checks
+    _check_named(experts, num_experts, block_size, expert_map, named)
     _check_length(length, experts.numel(), num_experts, block_size)
-    pairs, block_experts, used = _align_fake(experts, num_experts, block_size, expert_map, named, length)
+    pairs, block_experts, used = _align_empty(experts, block_size, length)
     _, slots, sizes = _plan_plain(experts, num_experts, block_size, None if named else expert_map)
     pairs.fill_(experts.numel())
     pairs[: len(slots)] = slots[:length].where(slots[:length] >= 0, experts.numel())
