@@ -23,7 +23,8 @@ import jaxmoe
 from jaxmoe.config import rule_for
 from kernels_pallas.catalogue import CATALOGUE
 from kernels_pallas.launch import next_power_of_2
-from kernels_pallas.route import by_bits, config_for, layout_for, quick_choice
+from kernels_pallas.quick import by_bits, layout_for, offsets, on_scale, quick_choice
+from kernels_pallas.route import config_for
 from kernels_pallas.targets import compile_kernel
 
 MODELS = ("deepseek-v3", "kimi-k2", "kimi-k3", "glm-4.5", "deepseek-v2", "qwen3-next")
@@ -80,10 +81,12 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
         return found if mask is None else jnp.where(mask, found, 0.0)
 
     spare = by_bits(rule, has_bias, 2)
-    layout, possible = layout_for(rule, config_for(1, rule.num_experts, "cuda"), spare)
+    layout, possible = layout_for(rule, config_for(1, rule.num_experts, "cuda").lanes, spare)
     assert possible, f"no quick search for {model}"
     columns = lambda values, itemsize: [c[0] for c in layout.load(lambda row, *at: read(values, *at), itemsize, 1)]
     biases = columns(bias, 4) if has_bias else None
+    if biases and on_scale(rule, has_bias):
+        biases = offsets(biases, bias[0], assembly=False)
     slots = next_power_of_2(rule.num_slots)
     choose = functools.partial(quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots)
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kernels_pallas.route import Rule
+from kernels_pallas.rule import Rule
 from kernels_pallas.score import SCORING_FUNCS
 
 GROUP_SCORES = ("top2", "max")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.plan_dispatch import num_rows
-from kernels_pallas.route import Rule
 from kernels_pallas.route_grad import log_score_slope
+from kernels_pallas.rule import Rule
 
 
 def scores(x: jax.Array, scoring_func: str) -> jax.Array:

@@ -14,10 +14,10 @@ from jaxmoe.arguments import Rows, base, check_array, dense
 from jaxmoe.config import RoutingConfig, rule_for
 from jaxmoe.implementation import check_implementation, compiled, run
 from kernels_pallas.count import count_load
-from kernels_pallas.route import Rule
 from kernels_pallas.route import route as route_kernel
 from kernels_pallas.route_grad import route_grad
 from kernels_pallas.router_logits import router_logits as router_logits_kernel
+from kernels_pallas.rule import Rule
 
 
 class Routing(NamedTuple):

@@ -22,10 +22,11 @@ from kernels_pallas.grouped_matmul import gated_matmul, grouped_matmul
 from kernels_pallas.grouped_matmul_grad import grouped_outer
 from kernels_pallas.permute_maps import permute_maps
 from kernels_pallas.plan_dispatch import num_rows, plan_dispatch
-from kernels_pallas.route import Rule, route
+from kernels_pallas.route import route
 from kernels_pallas.route_grad import route_grad
 from kernels_pallas.router_logits import router_logits
 from kernels_pallas.router_logits_grad import router_logits_grad_weight, router_logits_grad_x
+from kernels_pallas.rule import Rule
 from kernels_pallas.targets import TARGETS, Lowered, lower
 
 BF16, F16, F32, I32 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
-from kernels_pallas.route import Rule
+from kernels_pallas.rule import Rule
 from kernels_pallas.score import log1p_exp, unscaled_weights
 
 

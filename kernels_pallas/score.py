@@ -92,6 +92,16 @@ def quick_score(x: jax.Array, scoring_func: str) -> jax.Array:
     return jnp.sqrt(jnp.maximum(x, 0.0) + u * log1p_ratio(u))
 
 
+def _largest(x: jax.Array, negative: bool) -> jax.Array:
+    """The largest of x [..., K], as [..., 1], which a NaN may hide; as integers, one instruction across a warp.
+
+    negative: no number is above zero.
+    """
+    if negative:
+        return -jax.lax.bitcast_convert_type(jnp.min(float_bits(x) & 0x7FFFFFFF, axis=-1, keepdims=True), jnp.float32)
+    return decode(jnp.max(encode(x), axis=-1, keepdims=True))
+
+
 def unscaled_weights(
     x: jax.Array,
     valid: jax.Array,
@@ -100,8 +110,11 @@ def unscaled_weights(
     renormalize: bool,
     row_max: jax.Array,
     row_sum: jax.Array,
+    width: int | None = None,
 ) -> jax.Array:
     """The weights of chosen logits x [..., K] before the scaling factor; `valid` [..., K] marks the slots that count.
+
+    width: a power of two; none counts from there on, where the result means nothing.
 
     Renormalised weights are ratios, so a common factor is free to choose: each score is divided by the exponential part
     of the row's largest, which leaves nothing to underflow to 0/0 (eight logits of -100 give eight times 1/8) and needs
@@ -110,7 +123,7 @@ def unscaled_weights(
     softmax = scoring_func == "softmax"
     exponent = jnp.maximum(x if softmax else jnp.minimum(x, 0.0), LOWEST)  # no inf - inf below
     if renormalize:
-        top = jnp.max(jnp.where(valid, exponent, LOWEST), axis=-1, keepdims=True)
+        top = _largest(jnp.where(valid, exponent, LOWEST), negative=not softmax)
     else:
         top = row_max if softmax else jnp.zeros_like(row_max)
     shift = exponent - top
@@ -125,4 +138,8 @@ def unscaled_weights(
         tail = log1p_ratio(u)
         ratio = jnp.exp(0.5 * shift) * jnp.sqrt(jnp.where(x > 0.0, x + u * tail, tail))
     ratio = jnp.where(valid, ratio, 0.0)
-    return ratio * quick_reciprocal(jnp.sum(ratio, axis=-1, keepdims=True)) if renormalize else ratio
+    if not renormalize:
+        return ratio
+    runs = (*x.shape[:-1], -1, width or x.shape[-1])  # sums over fewer lanes take fewer steps
+    total = jnp.sum(ratio.reshape(runs), axis=-1, keepdims=True)
+    return ratio * quick_reciprocal(jnp.broadcast_to(total, ratio.reshape(runs).shape).reshape(x.shape))

@@ -12,6 +12,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +71,22 @@ def top_k(keys: Sequence[jax.Array], k: int, num_slots: int, places: Sequence[ja
 
 def in_order(place: jax.Array, key: jax.Array, k: int) -> jax.Array:
     """The first k places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
-    is_pick = iota(key.shape, 0) < k
-    if key.shape[0] > 16:  # too many pairs
-        return top_k([jnp.where(is_pick, key, EXCLUDED)], k, key.shape[0], [place])
-    ahead = (key[:, None] > key) | ((key[:, None] == key) & (place[:, None] < place))
-    rank = jnp.sum(ahead & is_pick[:, None], axis=0, dtype=jnp.int32)
-    here = (iota(ahead.shape, 0) == rank) & is_pick
-    return jnp.sum(jnp.where(here, place, 0), axis=1, dtype=jnp.int32)
+    slot = iota(key.shape, 0)
+    if k > 16:
+        return top_k([jnp.where(slot < k, key, EXCLUDED)], k, key.shape[0], [place])
+
+    def of(j: int, values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(slot == j, values, 0), dtype=jnp.int32)
+
+    # Each place's rank by comparing it with all: more instructions than pick by pick, but none that waits for the last.
+    rank, places = jnp.zeros_like(place), [of(j, place) for j in range(k)]
+    for j in range(k):
+        theirs = of(j, key)
+        rank += ((theirs > key) | ((theirs == key) & (places[j] < place))).astype(jnp.int32)
+    found = jnp.zeros_like(place)
+    for j in range(k):
+        found = jnp.where(slot == of(j, rank), places[j], found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,11 @@ def quick_top_k(
     *,
     groups: Groups | None,
     depth: int,
-    margin: int | None,
+    margin: int | jax.Array | None,
     least: int,
     most: int = INFINITY,
     summed: jax.Array | None = None,
+    on_scale: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Places [num_slots] of the k largest keys in falling order; whether that is sure; whether the set of them is.
 
@@ -132,49 +143,75 @@ def quick_top_k(
     A key gives up its low bits to its column, so that a lane's keys are distinct and carry it. Minima and maxima alone
     then sort each lane's keys; a pick is one maximum over the lanes' first, and the lane that had it moves up. Which
     that was, a sum over the lanes tells, and whether there were two. Where groups compare their best, their lanes are
-    told apart by bits too; where bits are free (`margin` None: the low ones are known to decide nothing), all lanes.
+    told apart by bits too; where bits are free (with `margin` None the low ones are known to decide nothing), all are.
 
     It is not sure where two keys that had to be told apart differ by no more than `margin` and what was given up. If
     both are picks, the set may be sure all the same, unless their bits and columns are equal. Nor is it sure where
     `depth` picks fall on one lane, since only so many of each are sorted (with `margin` None, before the last pick), or
     where a pick, or the score of a group that stays, is below `least`, or `most` or above, as infinities and NaN are.
 
+    `on_scale`: keys are numbers of a fixed step, not bits of floats, and low bits enough for a place are free; so a
+    margin is worth what it is. One below `least` or from `most` on may stand for any that is lower, or higher.
+
     `summed`: keys are the bits of sums that, as the caller defines them, are rounded at up to this much more than the
     largest pick. `margin` steps of a pick hold that rounding unless the pick is far smaller: then it is not sure.
     """
     lanes, width = keys[0].shape[0], next_power_of_2(len(keys))
-    lane, by_bits = iota((lanes,), 0), margin is None
+    lane, by_bits = iota((lanes,), 0), margin is None or on_scale
     apart = lanes if by_bits else lanes // groups.runs if groups is not None else 1  # neighbours that bits tell apart
     mask = apart * width - 1
     last = mask - (lane & (apart - 1)) * width
     cleared = keys if by_bits else [key & ~mask for key in keys]
-    columns = _best_of_lane([key | (last - c) for c, key in enumerate(cleared)], depth)
+    if on_scale:  # lanes come in when most columns have gone
+        columns = _best_of_lane([key + (width - 1 - c) for c, key in enumerate(cleared)], depth)
+        columns = [key + (last - (width - 1)) for key in columns]
+    else:
+        columns = _best_of_lane([key | (last - c) for c, key in enumerate(cleared)], depth)
 
-    gap = 0  # up to which keys may be as they are for want of bits alone
-    if margin is not None:
+    gap: Any = 0  # up to which keys may be as they are for want of bits alone
+    if margin is not None and on_scale:
+        gap = margin + mask
+    elif margin is not None:
         # What is left of a key is a multiple of mask + 1: a difference counts for no more than the one below it.
         gap = mask - (-margin // (mask + 1)) * (mask + 1)
     highest, lowest, signs = [], [], []  # sure: they are within limits, and nothing in signs is negative
-    order: list[jax.Array] = []  # the same of the picks' order
+    # A group without two keys within limits has a score beyond them (`_group_scores`); so if the best is within, every
+    # group has two such keys, and no key is beyond.
+    pairs = on_scale and groups is not None and groups.top2
+    ordered = None  # whether the picks' order is sure, too
     if groups is not None:
-        score = _group_scores(columns, groups)
+        score = _group_scores(columns, groups, (least, most) if on_scale else None)
         tops, _ = _picks([score], groups.topk_group + 1, end=EXCLUDED)
         kept, dropped = tops[-2:]
         columns[0] = jnp.where(score >= kept, columns[0], EXCLUDED)
-        highest, lowest = [tops[0]], [kept]
-        if not by_bits:  # a sum is off by twice as much as its terms, twice over for rounding; and it holds a number
-            signs.append(kept - dropped - (4 if groups.top2 else 1) * gap - groups.runs)
+        highest, lowest = [tops[0]], [] if pairs else [kept]
+        if margin is not None:  # a sum is off by twice as much as its terms, twice over for rounding; it holds a number
+            times = 1 if not groups.top2 else 2 if on_scale else 4  # half a sum on the scale
+            signs.append(kept - dropped - times * gap - groups.runs)
 
     # Behind a lane's last: nothing if it had no more, else what is found out.
-    end = EXCLUDED if depth >= len(keys) else None if gap else UNKNOWN
-    tops, owners = _picks(columns, k + (gap > 0), end)
-    low = functools.reduce(jnp.minimum, [*lowest, tops[-1]])
-    sure = (functools.reduce(jnp.maximum, [*highest, tops[0], tops[-1]]) < most) & (low >= least)
-    if gap:
-        # Signs, not the least difference: that of a positive and a negative key may be 2**31 and more, and wraps.
+    close = on_scale or gap > 0  # keys that differ may have to be told apart
+    end = EXCLUDED if depth >= len(keys) else None if close else UNKNOWN
+    tops, owners = _picks(columns, k + close, end)
+    if not pairs:
+        highest.append(tops[0])
+    if not close:
+        highest.append(tops[-1])  # what is behind a lane's last
+    if not (pairs and groups and 2 * groups.topk_group >= k):
+        lowest.append(tops[k - 1] if on_scale else tops[-1])
+    sure = functools.reduce(jnp.maximum, highest) < most
+    if lowest:
+        low = functools.reduce(jnp.minimum, lowest)
+        sure = sure & (low >= least)
+    if close:
         # The last key of a lane that ran out is picked again and again: then the last of these differences is 0.
-        *order, after_last = (a - b - (gap + 1) for a, b in itertools.pairwise(tops))
-        signs.append(after_last)
+        *apart_by, after_last = (a - b for a, b in itertools.pairwise(tops))
+        signs.append(after_last - (gap + 1))
+        if on_scale and apart_by:
+            ordered = functools.reduce(jnp.minimum, apart_by) > gap
+        elif apart_by:
+            # Signs, not the least: the difference of a positive and a negative key may be 2**31 and more, and wraps.
+            ordered = functools.reduce(operator.or_, (by - (gap + 1) for by in apart_by)) >= 0
     if signs:
         sure = sure & (functools.reduce(operator.or_, signs) >= 0)
     if summed is not None:
@@ -185,25 +222,29 @@ def quick_top_k(
         owners = owners[:k]
         sure = sure & (functools.reduce(jnp.maximum, owners) < 2 * lanes)
         found = (_by_slot(owners, slot) & (lanes - 1)) * width + (found & (width - 1))
-    members = sure
-    if order:
-        sure = sure & (functools.reduce(operator.or_, order) >= 0)
-    return found, sure, members
+    return found, sure if ordered is None else sure & ordered, sure
 
 
 def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _group_scores(columns: Sequence[jax.Array], groups: Groups) -> jax.Array:
-    """The score of each lane's group [lanes]: distinct keys, since they carry the group's number."""
+def _group_scores(columns: Sequence[jax.Array], groups: Groups, limits: tuple[int, int] | None) -> jax.Array:
+    """The score of each lane's group [lanes]: distinct keys, since they carry the group's number.
+
+    limits: `least` and `most` of keys on a scale, whose score is half a sum.
+    """
     lanes, runs = columns[0].shape[0], groups.runs
     first = columns[0].reshape(runs, lanes // runs)
     score = jnp.max(first, axis=1, keepdims=True)
     if groups.top2:
         below = columns[1].reshape(first.shape) if len(columns) > 1 else jnp.full_like(first, EXCLUDED)
         second = jnp.max(jnp.where(first == score, below, first), axis=1, keepdims=True)
-        score = jnp.where(second < 0, UNKNOWN, float_bits(_float(score) + _float(second)))
+        if limits is None:
+            score = jnp.where(second < 0, UNKNOWN, float_bits(_float(score) + _float(second)))
+        else:
+            half = jax.lax.shift_right_logical(score + second, jnp.int32(1))
+            score = jnp.where((second < limits[0]) | (score >= limits[1]), UNKNOWN, half)
     group = iota((runs, 1), 0)
     score = (score & -runs) | (runs - 1 - group)
     if groups.n_group < runs:

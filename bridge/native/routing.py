@@ -111,6 +111,7 @@ class _Known(NamedTuple):
 
     alike: Callable[..., bool]  # whether tensors are like those of that call
     kernel: Kernel
+    programs: int
     logits_bytes: int
     bias_bytes: int
     written_bytes: int  # of weights, and of experts
@@ -118,7 +119,7 @@ class _Known(NamedTuple):
 
 # By config and shape of the logits; more than one where bias, dtypes, devices or torch's modes differ.
 _known: dict[tuple[str, torch.Size], list[_Known]] = {}
-_MOST_KNOWN = 4
+_MOST_KNOWN, _MOST_TOKENS = 4, 1024
 
 
 def route_at_once(
@@ -138,7 +139,7 @@ def route_at_once(
             break
     else:
         return False
-    _, kernel, logits_bytes, bias_bytes, written = known
+    _, kernel, programs, logits_bytes, bias_bytes, written = known
     tokens = shape[0]
     a, b, c = logits.data_ptr(), weights.data_ptr(), experts.data_ptr()
     if (
@@ -149,12 +150,12 @@ def route_at_once(
     ):
         return False
     if bias is None:
-        kernel(tokens, 1, a, tokens, b, c)
+        kernel(programs, 1, a, tokens, b, c)
         return True
     d = bias.data_ptr()
     if d % ALIGNMENT or -bias_bytes < d - b < written or -bias_bytes < d - c < written:
         return False
-    kernel(tokens, 1, a, d, tokens, b, c)
+    kernel(programs, 1, a, d, tokens, b, c)
     return True
 
 
@@ -164,16 +165,17 @@ def remember_route(
     """Lets `route_at_once` have the next call like this one, which `route` has just done."""
     tokens, width = logits.shape
     tensors = [logits, *([] if bias is None else [bias]), weights, experts]
-    usual = 0 < tokens <= route_kernels.FEW and logits.is_contiguous() and rows_for(tokens, width, logits.itemsize) == 1
+    usual = 0 < tokens <= _MOST_TOKENS and logits.is_contiguous() and rows_for(tokens, width, logits.itemsize) == 1
     made_for = route_kernels.config_for(tokens, width, _platform())
-    if not usual or made_for.rows != 1 or not aligned(*(tensor.data_ptr() for tensor in tensors)):
+    if not usual or not aligned(*(tensor.data_ptr() for tensor in tensors)):
         return
     known = _known.setdefault((config, logits.shape), [])
     if len(known) >= _MOST_KNOWN or (alike := guards.alike(tensors)) is None:
         return
     bias_dtype, bias_bytes = (None, 0) if bias is None else (bias.dtype, bias.nbytes)
     kernel = _route(config, logits.dtype, bias_dtype, None, False, width, 1, 0, made_for, True, logits.get_device())
-    known.append(_Known(alike, kernel, logits.nbytes, bias_bytes, weights.nbytes))
+    programs = -(-tokens // made_for.rows)
+    known.append(_Known(alike, kernel, programs, logits.nbytes, bias_bytes, weights.nbytes))
 
 
 @functools.cache

@@ -199,6 +199,17 @@ def test_a_wrong_call_is_refused(what: str, gradients: bool, seen: Seen) -> None
     assert len(seen.launches) == 1
 
 
+def test_tokens_that_share_programs(seen: Seen) -> None:
+    """Two a program from 513 on: the grid that is remembered is that of the call."""
+    call = usual(700)
+    for _ in range(2):
+        call.run()
+    assert len(seen.checked) == 1
+    first, second = seen.launches
+    assert first == second
+    assert first[:2] == (350, 1)
+
+
 def test_few_ways_are_remembered(seen: Seen) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for bias in (torch.bfloat16, torch.float16, torch.float32):

@@ -119,6 +119,10 @@ def _mad(op: str, mods: list[str], seed: int) -> Operation | None:
     return Operation(lambda a, b, c: product.function(a, b) + c, (kind, kind, product.result), product.result)
 
 
+def _saturate(x: Array) -> Array:
+    return np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1)))
+
+
 def _fma(op: str, mods: list[str], seed: int) -> Operation | None:
     rounding, *mods = mods
     if mods[-1] == "f32x2":
@@ -130,9 +134,12 @@ def _fma(op: str, mods: list[str], seed: int) -> Operation | None:
             (mods[1], mods[1], "f32"),
             "f32",
         )
+    saturated = mods[0] == "sat"
+    mods = mods[saturated:]
     if rounding not in ("rn", "rm") or mods not in (["f32"], ["ftz", "f32"]):
         return None
-    function = lambda a, b, c: canonical(numbers.fma(a, b, c, rounding))
+    limit = _saturate if saturated else canonical
+    function = lambda a, b, c: limit(numbers.fma(a, b, c, rounding))
     return Operation(_flushed(function, "ftz" in mods), ("f32",) * 3, "f32")
 
 
@@ -329,7 +336,7 @@ def _convert(op: str, mods: list[str], seed: int) -> Operation | None:
     if to == kind == "f32" and known <= {"ftz", "sat", *_ROUNDED}:
         steps: list[Callable[[Any], Any]] = [np.copy, *(_ROUNDED[mod] for mod in mods if mod in _ROUNDED)]
         if "sat" in known:
-            steps.append(lambda x: np.where(np.isnan(x), np.float32(0), np.clip(x, np.float32(0), np.float32(1))))
+            steps.append(_saturate)
 
         def function(x: Array) -> Array:
             for step in steps:

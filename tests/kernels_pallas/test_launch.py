@@ -18,9 +18,10 @@ from kernels_pallas.count import count_load
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.launch import iota, launch, load, runtime_sizes, store
 from kernels_pallas.plan_dispatch import plan_dispatch
-from kernels_pallas.route import Rule, route
+from kernels_pallas.route import route
 from kernels_pallas.router_logits import router_logits
 from kernels_pallas.router_logits_grad import router_logits_grad_weight, router_logits_grad_x
+from kernels_pallas.rule import Rule
 from kernels_pallas.targets import Lowered, lower, target_for
 
 RULE = Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import route, score, select
+from kernels_pallas import quick as quick_search
+from kernels_pallas import score, select
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 12])
@@ -172,6 +173,15 @@ def test_in_order(slots: int) -> None:
         assert not found[4:].any()
 
 
+def test_in_order_of_many() -> None:
+    """Of more than 16, pick by pick."""
+    place = np.random.default_rng(0).permutation(64)[:32].astype(np.int32)
+    key = np.random.default_rng(1).integers(-3, 3, 32).astype(np.int32)
+    found = np.asarray(select.in_order(jnp.asarray(place), jnp.asarray(key), 20))
+    want = sorted(range(20), key=lambda i: (-key[i], place[i]))
+    assert found.tolist() == [*place[want], *[0] * 12]
+
+
 @pytest.mark.parametrize("lanes", [32, 64])
 @pytest.mark.parametrize("spread", [2, 2**31 - 1])
 @pytest.mark.parametrize("top2", [True, False])
@@ -250,7 +260,7 @@ def test_keys_order_as_numbers_do() -> None:
 @pytest.mark.parametrize("spare", [True, False])
 def test_keys_of_logits(spare: bool) -> None:
     """They order as the logits do, also compiled; a lane with a NaN or an infinity says so; spare bits are 0."""
-    keys_of = jax.jit(functools.partial(route._keys_of_logits, spare=spare))
+    keys_of = jax.jit(functools.partial(quick_search._keys_of_logits, spare=spare))
     values = jnp.asarray([-3e38, -2.5, -1e-30, -0.0, 0.0, 1e-30, 2.5, 3e38]).astype(jnp.bfloat16).astype(jnp.float32)
     (key,) = keys_of([values])
     assert (np.diff(np.asarray(key, np.int64)) > 0).tolist() == [True, True, True, False, True, True, True]
@@ -262,12 +272,12 @@ def test_keys_of_logits(spare: bool) -> None:
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "sqrtsoftplus"])
 def test_quick_score(scoring_func: str) -> None:
-    """Off by less than half of route.MARGIN, in steps of 2**-24."""
+    """Off by less than half of quick_search.MARGIN, in steps of 2**-24."""
     x = np.linspace(-80, 80, 40001, dtype=np.float32)
     wide = x.astype(np.float64)
     want = 1 / (1 + np.exp(-wide)) if scoring_func == "sigmoid" else np.sqrt(np.logaddexp(0, wide))
     error = np.abs(np.asarray(score.quick_score(jnp.asarray(x), scoring_func)) / want - 1)
-    assert error.max() < 0.5 * route.MARGIN * 2.0**-24
+    assert error.max() < 0.5 * quick_search.MARGIN * 2.0**-24
     exact = np.abs(np.asarray(score.score(jnp.asarray(x), scoring_func)) / want - 1)
     assert exact.max() < 4e-7
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kernels_pallas import combine, dispatch, route
+from kernels_pallas.rule import Rule
 
-RULE = route.Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
+RULE = Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
 
 
 def normal(seed: int, *shape: int) -> jnp.ndarray:
