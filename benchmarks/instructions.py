@@ -88,7 +88,9 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
     if biases and on_scale(rule, has_bias):
         biases = offsets(biases, bias[0], assembly=False)
     slots = next_power_of_2(rule.num_slots)
-    choose = functools.partial(quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots)
+    choose = functools.partial(
+        quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=False
+    )
 
     def search(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = choose(columns(logits, 2), biases, bias[0] if has_bias else None)

@@ -41,10 +41,11 @@ LEAST = 0x2B800000  # the bits of 2**-40: quick scores below 2**-63 are 0, which
 MOST = 0x71800000  # the bits of 2**100: no sum of two is infinite where the same is not
 SCORE_ERROR = {"sqrtsoftplus": 3.0, "softmax": 6.0}
 
-# Keys on a scale: see `_offsets` and `_keys_on_scale`. Up to SCALE_LEAST a bias may have been clamped from below, from
+# Keys on a scale: see `offsets` and `_keys_on_scale`. Up to SCALE_LEAST a bias may have been clamped from below, from
 # SCALE_MOST on from above. A step of 2**-24 of what they stand for is 24 of a key. By so many steps two of them may be
 # further apart than the choices: 20 for the scores, 5 and twice the bias of expert 0 for the sums' rounding, of which
-# there is that bias; 13 for rounding what is laid on the scale; and one unit of the scale.
+# there is that bias; 13 for rounding what is laid on the scale (8 where products and sums are fused, as on CUDA); and
+# one unit of the scale. Elsewhere than on CUDA there are 6 more: nobody has measured how far scores are off there.
 SCALE_LEAST, SCALE_MOST = 0x18010000, 0x60000000
 SCALE_ERROR = 38
 SCALE_BIAS = 2.0**16  # of expert 0, up to which this is done
@@ -62,7 +63,7 @@ def _keys_of_logits(xs: list[jax.Array], spare: bool) -> list[jax.Array]:
 class Found(NamedTuple):
     """What the quick search says of a token."""
 
-    ids: jax.Array  # [slots]
+    ids: jax.Array  # [slots], of experts that there are
     sure: jax.Array | None  # ids are those of the chosen experts, in order; None: no search was possible
     members_sure: jax.Array | None  # they are, in some order; None where it would be `sure`
     row_max: jax.Array  # [1]; this and row_sum [1] are what softmax's weights need of the row
@@ -99,17 +100,19 @@ def offsets(biases: list[jax.Array], first: jax.Array, assembly: bool) -> list[j
     return [_saturated(bias, 0.25, 0.375 - 0.25 * first, assembly) for bias in biases]
 
 
-def _keys_on_scale(xs: list[jax.Array], offsets: list[jax.Array], shift: int) -> list[jax.Array]:
+def _keys_on_scale(xs: list[jax.Array], offsets: list[jax.Array], shift: int, assembly: bool) -> list[jax.Array]:
     """Keys whose low `shift` bits, 8 at least, are free: sigmoid(x) / 4 + offset in numbers of a fixed step.
 
     They are the mantissas of numbers that all have one exponent, and moved to the left: floats themselves give as many
-    bits to a range that hardly any pick lies in. A NaN, which has another exponent, becomes a key below SCALE_LEAST.
+    bits to a range that hardly any pick lies in. A NaN becomes a key below SCALE_LEAST: on CUDA a sum's is 0x7FFFFFFF,
+    which is negative then; elsewhere it may be any, and is looked for.
     """
     keys = []
     for x, offset in zip(xs, offsets, strict=True):
         root = jax.lax.rsqrt(4.0 * quick_exp(x, -1.0) + 4.0)
         total = (root * root + offset) * 1.5 + 2.0 ** (shift - 7)
-        keys.append(float_bits(total) << shift)
+        key = float_bits(total) << shift
+        keys.append(key if assembly else jnp.where(total == total, key, 0))
     return keys
 
 
@@ -136,6 +139,7 @@ def quick_choice(
     possible: bool,
     spare: bool,
     slots: int,
+    assembly: bool,
 ) -> Found:
     """The chosen experts of one token by scores good to 17 bits, and whether these are enough to tell.
 
@@ -160,10 +164,10 @@ def quick_choice(
         keys = _keys_of_logits(xs, spare)
     elif biases is not None and first is not None and scale:
         shift = max(8, (layout.lanes * next_power_of_2(layout.columns) - 1).bit_length())
-        keys = _keys_on_scale(xs, biases, shift)
+        keys = _keys_on_scale(xs, biases, shift, assembly)
         large = jnp.abs(first)
         whole = float_bits(48.0 * large + 2.0**23) - 0x4B000000  # an integer in a float's mantissa
-        margin = whole + (24 * SCALE_ERROR + (1 << shift))
+        margin = whole + (24 * (SCALE_ERROR if assembly else SCALE_ERROR + 6) + (1 << shift))
         least, most = SCALE_LEAST, SCALE_MOST
     else:
         if softmax:
@@ -195,4 +199,7 @@ def quick_choice(
     )
     if scale:
         sure, members_sure = sure & (large < SCALE_BIAS), members_sure & (large < SCALE_BIAS)
-    return Found(layout.expert(place), sure, None if spare else members_sure, row_max, row_sum)
+    ids = layout.expert(place)
+    if not layout.full:  # where it is not sure, a pick may be none: two lanes that tie add up to one without experts
+        ids = jnp.minimum(ids, rule.num_experts - 1)
+    return Found(ids, sure, None if spare else members_sure, row_max, row_sum)

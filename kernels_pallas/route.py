@@ -123,7 +123,9 @@ def _choice(
         return xs, load_bias and layout.load(lambda row, *at: load_bias(*at), itemsizes[1], rows)
 
     first = load_bias and load_bias(jnp.int32(0), None)
-    search = functools.partial(quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots)
+    search = functools.partial(
+        quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=assembly
+    )
     xs, biases = load()
     if biases is not None and first is not None and on_scale(rule, True):
         biases = offsets(biases, first, assembly)

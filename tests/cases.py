@@ -136,6 +136,8 @@ CASES = [
     Case("a bias far above the scores: 12", SMALL, bias_values=lambda e: 12.0 + normal(7, e)),
     Case("a bias of 12 swallows scores of 1e-22: all choices equal, so by index", SMALL,
          logits=lambda t, e: -50.0 + normal(15, t, e), bias_values=lambda e: jnp.full(e, 12.0)),
+    Case("E = 60: two lanes that tie add up to one without experts", C(num_experts=60, top_k=4, scoring_func="softmax"), bias=None,
+         logits=lambda t, e: jnp.tile(jnp.linspace(-3, -2, e).at[jnp.asarray([4, 56])].set(5.0), (t, 1))),
     Case("biases of which some are clamped by the quick search", C(num_experts=64, top_k=4, n_group=8, topk_group=4),
          bias_values=lambda e: 1.5 * normal(21, e)),
     Case("the bias of expert 0 far above all others", SMALL, bias_values=lambda e: normal(22, e, scale=0.1).at[0].add(3.0)),

@@ -78,6 +78,7 @@ def route(emulator: Emulator, case: Case, *, tokens: int | None = None, offset: 
             "Kimi-K2",  # twelve columns, no power of two
             "odd number of odd groups",  # runs of lanes without a group
             "E = 512, k = 10",  # picks carry their place in spare bits
+            "E = 60: two lanes that tie",  # nothing is read past the last token for it
             "1024 groups of one",  # more groups than lanes: the exact search alone
             "many ties, softmax",
             "softmax with a bias",

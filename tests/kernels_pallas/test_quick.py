@@ -16,7 +16,7 @@ ZERO = 9 << 26  # the key of a choice as large as the bias of expert 0
 
 def keys_of(x: np.ndarray, bias: np.ndarray, first: float, shift: int) -> np.ndarray:
     found = quick.offsets([jnp.asarray(bias, jnp.float32)], jnp.float32(first), assembly=False)
-    (key,) = quick._keys_on_scale([jnp.asarray(x, jnp.float32)], found, shift)
+    (key,) = quick._keys_on_scale([jnp.asarray(x, jnp.float32)], found, shift, False)
     return np.asarray(key)
 
 
@@ -45,6 +45,10 @@ def test_what_was_clamped_is_seen(shift: int) -> None:
     for high in (2.5, 2.6, 1e9, np.inf):
         assert (keys_of(x, np.full(7, high), 0.0, shift) >= quick.SCALE_MOST).all(), high
     assert (keys_of(np.full(3, np.nan), np.asarray([-2.0, 0.0, 3.0]), 0.0, shift) < quick.SCALE_LEAST).all()
+    for bits in (0x7FC00000, 0x7FD00000, 0xFFC80000, 0x7FC40000, 0x7FFFFFFF):  # of a NaN
+        nan = np.full(1, bits, np.uint32).view(np.float32)
+        assert keys_of(nan, np.zeros(1), 0.0, shift)[0] < quick.SCALE_LEAST, hex(bits)
+        assert keys_of(np.zeros(1), nan, 0.0, shift)[0] < quick.SCALE_LEAST, hex(bits)
     inside = keys_of(x, np.full(7, -0.49), 0.0, shift)
     assert (inside >= quick.SCALE_LEAST).all()
     assert (inside < quick.SCALE_MOST).all()
@@ -55,9 +59,8 @@ def search(logits: jax.Array, first: float) -> quick.Found:
     rule = Rule(32, 2, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
     layout, possible = quick.layout_for(rule, 32, False)
     biases = quick.offsets([jnp.full(32, first)], jnp.float32(first), assembly=False)
-    return quick.quick_choice(
-        [logits], biases, jnp.float32(first), rule=rule, layout=layout, possible=possible, spare=False, slots=32
-    )
+    options = {"layout": layout, "possible": possible, "spare": False, "slots": 32, "assembly": False}
+    return quick.quick_choice([logits], biases, jnp.float32(first), rule=rule, **options)
 
 
 @pytest.mark.parametrize("first", [0.0, 2.0**15, 2.0**16, 2.0**17, np.inf, np.nan])
@@ -152,3 +155,26 @@ def test_limits_on_a_scale() -> None:
     lowest = {at: least - unit * 40 * (255 - at) for at in range(160)}  # five groups, of which one stays
     assert not sure(lowest, by_best, k=1)
     assert sure({at: lowest[at] for at in range(128)}, by_best, k=1), "four"
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, -np.inf, np.inf, np.nan])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax", "sqrtsoftplus"])
+def test_picks_exist(scoring_func: str, has_bias: bool, value: float) -> None:
+    """Also where the search is not sure, since their logits are loaded before it says so: lanes 2 and 28 tie, and of 60
+    experts none lies on lane 30."""
+    rule = Rule(60, 4, 1, 1, scoring_func, "max", True, 1.0, 0, 1, 1.0)
+    layout, possible = quick.layout_for(rule, 32, False)
+    assert possible
+    assert layout.columns == 2
+    lane = jnp.full(32, value, jnp.float32)
+    xs = [lane.at[2].set(5.0).at[28].set(5.0), lane]
+    biases, first = ([jnp.zeros(32)] * 2, jnp.float32(0)) if has_bias else (None, None)
+    if biases is not None and first is not None and quick.on_scale(rule, True):
+        biases = quick.offsets(biases, first, assembly=False)
+    options = {"layout": layout, "possible": possible, "spare": False, "slots": 32, "assembly": False}
+    found = quick.quick_choice(xs, biases, first, rule=rule, **options)
+    assert not found.sure
+    ids = np.asarray(found.ids)
+    assert ids.min() >= 0
+    assert ids.max() < 60
