@@ -89,8 +89,8 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
         biases = offsets(biases, bias[0], assembly=False)
     slots = next_power_of_2(rule.num_slots)
     choose = functools.partial(
-        quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=False
-    )
+        quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=True
+    )  # with CUDA's margin; the instruction itself is in `offsets`
 
     def search(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = choose(columns(logits, 2), biases, bias[0] if has_bias else None)
