@@ -1,7 +1,7 @@
 """The quick search for a token's experts, by scores that are only good enough to order choices which are clearly apart.
 
 It says where they were not. Its keys are the scores' own bits, or, for a sigmoid with a bias, numbers of a fixed step
-(`_keys_on_a_scale`), which leave room for a place.
+(`_keys_on_scale`), which leave room for a place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas.launch import next_power_of_2, plgpu
 from kernels_pallas.layout import Layout
@@ -75,29 +74,26 @@ def on_scale(rule: Rule, has_bias: bool) -> bool:
     return rule.scoring_func == "sigmoid" and has_bias
 
 
-def _saturated(x: jax.Array, factor: float, term: jax.Array, assembly: bool) -> jax.Array:
-    """x * factor + term, 0 or 1 where it is below or above.
-
-    On CUDA one instruction, which Pallas has no name for: minimum and maximum are two on the busiest pipe.
-    """
-    if not assembly:
-        return jnp.clip(x * factor + term, 0.0, 1.0)
-    (result,) = plgpu.elementwise_inline_asm(
-        f"fma.rn.sat.f32 $0, $1, 0f{np.float32(factor).view(np.uint32):08X}, $2;",
-        args=[x, jnp.broadcast_to(term, x.shape)],
-        constraints="=f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
-    )
-    return result
-
-
 def offsets(biases: list[jax.Array], first: jax.Array, assembly: bool) -> list[jax.Array]:
     """What biases are on the scale of `_keys_on_scale`: 3/8 for that of expert 0, `first`; 1 is four.
 
-    A common term decides nothing. Where a bias is 1.5 below that of expert 0 it is clamped, and where it is 2.5 above.
+    A common term decides nothing. Where a bias is 1.5 below that of expert 0 it is clamped, and where it is 2.5 above:
+    on CUDA by the instruction that scales it, which Pallas has no name for. Minimum and maximum are two on the busiest
+    pipe.
     """
-    return [_saturated(bias, 0.25, 0.375 - 0.25 * first, assembly) for bias in biases]
+    term = 0.375 - 0.25 * first
+    if not assembly:
+        return [jnp.clip(bias * 0.25 + term, 0.0, 1.0) for bias in biases]
+    return [
+        plgpu.elementwise_inline_asm(
+            "fma.rn.sat.f32 $0, $1, 0f3E800000, $2;",  # by 0.25
+            args=[bias, jnp.broadcast_to(term, bias.shape)],
+            constraints="=f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(bias.shape, jnp.float32)],
+        )[0]
+        for bias in biases
+    ]
 
 
 def _keys_on_scale(xs: list[jax.Array], offsets: list[jax.Array], shift: int, assembly: bool) -> list[jax.Array]:
