@@ -47,6 +47,7 @@ def align_blocks(
         align=align,
         rows=length,
         config=config or config_for(experts.size, num_experts, align, target),
+        assembly=target == "cuda" and not interpret,
         interpret=interpret,
     )
     return pairs, block_experts, used

@@ -44,6 +44,19 @@ def name(names_ref: Any, expert: jax.Array, num_experts: int) -> jax.Array:
     return expert if names_ref is None else load(names_ref.at[expert], mask=expert < num_experts, other=-1)
 
 
+def local(ids_ref: Any, map_ref: Any, item: jax.Array, num_items: Any, num_experts: int, map_size: int) -> jax.Array:
+    """The expert each item goes to, -1 if it goes nowhere."""
+    ids = load(ids_ref.at[item], mask=item < num_items, other=-1)
+    if map_ref is not None:
+        ids = load(map_ref.at[jnp.maximum(ids, 0)], mask=(ids >= 0) & (ids < map_size), other=-1)
+    return jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
+
+
+def padding(count: jax.Array, align: int) -> jax.Array:
+    """Rows that an expert of so many pairs has besides."""
+    return -count % align
+
+
 def fill(ref: Any, value: Any, first: Any, end: Any, share: Any, num_shares: Any) -> None:
     """Writes the value to one of `num_shares` shares of what lies from `first` to `end`."""
 

@@ -84,13 +84,13 @@ def _launch_plan(
         ids.append(given_map.data_ptr())
     filled = [tensor.data_ptr() for tensor in outs]
     scratch: list[torch.Tensor] = []
-    if config.chunks:  # the pairs of each block in order, and the counts
-        scratch = [experts.new_empty(n) for n in (num_items, plan_kernels.num_counts(sizes) * num_experts)]
+    if not config.at_once:  # the counts
+        scratch = [experts.new_empty(plan_kernels.num_counts(sizes) * num_experts)]
     between = [tensor.data_ptr() for tensor in scratch]
     map_size = None if given_map is None else given_map.numel()
     is_aligned = aligned(*ids, *filled, *between)
     kernels = _plan(function, static, num_experts, align, map_size, config, is_aligned, experts.get_device())
-    if not config.chunks:
+    if config.at_once:
         kernels[0](grids[0], 1, *ids, *numbers, *filled)
         return
     cleared = slots.data_ptr()

@@ -1,0 +1,146 @@
+"""How often a number occurs among those of a program, and how often before: `histogram`, `places`.
+
+On CUDA the threads count in shared memory, for which Pallas has no name, so in inline assembly (`assembly`). Then all
+threads of the program must come by together, which nobody tells LLVM: it may double what stands in a loop, to unroll it
+or where a condition of a thread divides it. So these must stand in no loop. Elsewhere, on ROCm and in the interpreter,
+numbers are compared or multiplied, which takes some ten times as many instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.launch import iota, next_power_of_2, plgpu
+
+LOW = 16  # the base in which numbers have two digits
+STRIP = 128  # numbers of one product
+BITS = 32  # of a word
+
+
+def tally(total: jax.Array, number: jax.Array) -> jax.Array:
+    """Adds to counts: total [n, LOW], that of i * LOW + j at (i, j); other numbers are not counted.
+
+    One product of matrices of 0 and 1, the high digits by the low ones: tensor cores count.
+    """
+    high = (number // LOW)[None, :] == iota((total.shape[0], number.shape[0]), 0)
+    low = (number & (LOW - 1))[None, :] == iota((LOW, number.shape[0]), 0)
+    return total + jax.lax.dot_general(
+        high.astype(jnp.int8), low.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+
+
+class _Assembly:
+    """PTX of one thread for all its elements of some arrays, with `words` of shared memory, cleared, and a barrier.
+
+    The memory is declared outside the braces, so that the assembler refuses a program that has this twice: where Triton
+    laid an element out on several threads, its result would be wrong.
+    """
+
+    def __init__(self, words: int, length: int, num_warps: int) -> None:
+        threads = num_warps * 32
+        assert length % threads == 0, f"{length} elements for {threads} threads"
+        self.pack, self.length = length // threads, length
+        words = max(words, threads)
+        self.lines = [
+            f".shared .align 4 .b32 jaxmoe_words[{words}];",
+            "{",
+            ".reg .pred %in;",
+            *(f".reg .b32 %{name};" for name in ("words", "at", "x", "y", "sum")),
+            "mov.u32 %words, jaxmoe_words;",
+            "mov.u32 %at, %tid.x;",
+            "mad.lo.u32 %at, %at, 4, %words;",
+            *(f"st.shared.b32 [%at+{4 * i}], 0;" for i in range(0, words - threads + 1, threads)),
+            "bar.sync 0;",
+        ]
+
+    def each(self, template: str) -> None:
+        """Lines for every element; {0}, {1}, ... stand for the result and the arguments."""
+        for i in range(self.pack):
+            registers = [f"${i + j * self.pack}" for j in range(4)]
+            self.lines += [line.strip().format(*registers) for line in template.strip().splitlines()]
+
+    def __call__(self, *args: jax.Array) -> jax.Array:
+        operands = ["=&r"] * self.pack + ["r"] * (self.pack * len(args))
+        (result,) = plgpu.elementwise_inline_asm(
+            "\n".join([*self.lines, "}"]),
+            args=args,
+            constraints=",".join(operands),
+            pack=self.pack,
+            result_shape_dtypes=[jax.ShapeDtypeStruct((self.length,), jnp.int32)],
+        )
+        return result
+
+
+def histogram(
+    numbers: Callable[[jax.Array], jax.Array], size: int, bins: int, num_warps: int, assembly: bool
+) -> jax.Array:
+    """int32 [at least bins]: how many of numbers(0), ..., numbers(size - 1) are each of 0 to bins - 1, then zeros.
+
+    `size` is a power of two; `numbers` says what stands at an array of indices [n], also beyond `size`: a negative
+    number, which is not counted.
+    """
+    bins = next_power_of_2(bins)
+    if not assembly:
+        tile = (max(bins // LOW, LOW), LOW)
+        step = lambda i, total: tally(total, numbers(i * STRIP + iota((STRIP,), 0)))
+        total = jax.lax.fori_loop(0, max(size // STRIP, 1), step, jnp.zeros(tile, jnp.int32))
+        return total.reshape(-1)
+    count = _Assembly(bins, max(size, bins, num_warps * 32), num_warps)
+    count.each(f"""
+        setp.lt.u32 %in, {{1}}, {bins};
+        mad.lo.u32 %at, {{1}}, 4, %words;
+        @%in red.shared.add.u32 [%at], 1;""")
+    count.lines.append("bar.sync 0;")
+    count.each(f"""
+        mov.u32 {{0}}, 0;
+        setp.lt.u32 %in, {{2}}, {bins};
+        mad.lo.u32 %at, {{2}}, 4, %words;
+        @%in ld.shared.b32 {{0}}, [%at];""")
+    index = iota((count.length,), 0)
+    return count(numbers(index), index)
+
+
+def places_bytes(n: int, size: int) -> int:
+    """Shared memory that `places` takes on CUDA."""
+    return 4 * max(n, size) * (size // BITS + 1)
+
+
+def places(number: jax.Array, first: jax.Array, size: int, num_warps: int) -> jax.Array:
+    """int32 [n], on CUDA: first[number] and how often the number stood before; -1 where it is negative.
+
+    number, first [n], n a power of two; numbers, below n, stand at the first `size` indices, a multiple of 32.
+    """
+    n, rows = number.shape[0], size // BITS
+    place = _Assembly(n * (rows + 1), n, num_warps)  # a bit for each index, [rows, n] words, and `first`
+    place.each(f"""
+        mad.lo.u32 %at, {{3}}, 4, %words;
+        st.shared.b32 [%at+{4 * n * rows}], {{2}};
+        setp.ge.s32 %in, {{1}}, 0;
+        shr.u32 %x, {{3}}, 5;
+        mad.lo.u32 %at, %x, {n}, {{1}};
+        mad.lo.u32 %at, %at, 4, %words;
+        and.b32 %x, {{3}}, 31;
+        shl.b32 %x, 1, %x;
+        @%in red.shared.or.b32 [%at], %x;""")
+    place.lines.append("bar.sync 0;")
+    lines = [
+        "max.s32 %at, {1}, 0;",
+        "mad.lo.u32 %at, %at, 4, %words;",
+        f"ld.shared.b32 %sum, [%at+{4 * n * rows}];",
+    ]
+    for row in range(rows):  # of each the bits below the index: all, some or none
+        lines += [
+            f"ld.shared.b32 %y, [%at+{4 * n * row}];",
+            f"sub.s32 %x, {{3}}, {BITS * row};",
+            "max.s32 %x, %x, 0;",
+            "shl.b32 %x, 1, %x;",  # 0 from 32 on
+            "sub.s32 %x, %x, 1;",
+            "and.b32 %y, %y, %x;",
+            "popc.b32 %y, %y;",
+            "add.s32 %sum, %sum, %y;",
+        ]
+    place.each("\n".join([*lines, "setp.ge.s32 %in, {1}, 0;", "selp.b32 {0}, %sum, -1, %in;"]))
+    return place(number, first, iota((n,), 0))
