@@ -18,6 +18,7 @@ from kernels_pallas.launch import iota, next_power_of_2, plgpu
 LOW = 16  # the base in which numbers have two digits
 STRIP = 128  # numbers of one product
 BITS = 32  # of a word
+STATIC = 40 * 1024  # bytes of shared memory, at most: Triton adds some, and more than 48 have to be asked for
 
 
 def tally(total: jax.Array, number: jax.Array) -> jax.Array:
@@ -40,21 +41,35 @@ class _Assembly:
     """
 
     def __init__(self, words: int, length: int, num_warps: int) -> None:
-        threads = num_warps * 32
-        assert length % threads == 0, f"{length} elements for {threads} threads"
-        self.pack, self.length = length // threads, length
-        words = max(words, threads)
+        self.threads = num_warps * 32
+        assert length % self.threads == 0, f"{length} elements for {self.threads} threads"
+        self.pack, self.length = length // self.threads, length
         self.lines = [
             f".shared .align 4 .b32 jaxmoe_words[{words}];",
             "{",
             ".reg .pred %in;",
-            *(f".reg .b32 %{name};" for name in ("words", "at", "x", "y", "sum")),
+            *(f".reg .b32 %{name};" for name in ("words", "at", "x", "y")),
             "mov.u32 %words, jaxmoe_words;",
-            "mov.u32 %at, %tid.x;",
-            "mad.lo.u32 %at, %at, 4, %words;",
-            *(f"st.shared.b32 [%at+{4 * i}], 0;" for i in range(0, words - threads + 1, threads)),
-            "bar.sync 0;",
         ]
+        self._zero(0, words)
+
+    def meet(self) -> None:
+        """A barrier."""
+        self.lines.append("bar.sync 0;")
+
+    def clear(self, first: int, words: int) -> None:
+        """So many words from the first on, which have been read."""
+        self.meet()
+        self._zero(first, words)
+
+    def _zero(self, first: int, words: int) -> None:
+        self.lines += ["mov.u32 %x, %tid.x;", "mad.lo.u32 %at, %x, 4, %words;"]
+        for i in range(0, words, self.threads):
+            if words - i < self.threads:
+                self.lines.append(f"setp.lt.u32 %in, %x, {words - i};")
+            guard = "@%in " * (words - i < self.threads)
+            self.lines.append(f"{guard}st.shared.b32 [%at+{4 * (first + i)}], 0;")
+        self.meet()
 
     def each(self, template: str) -> None:
         """Lines for every element; {0}, {1}, ... stand for the result and the arguments."""
@@ -93,7 +108,7 @@ def histogram(
         setp.lt.u32 %in, {{1}}, {bins};
         mad.lo.u32 %at, {{1}}, 4, %words;
         @%in red.shared.add.u32 [%at], 1;""")
-    count.lines.append("bar.sync 0;")
+    count.meet()
     count.each(f"""
         mov.u32 {{0}}, 0;
         setp.lt.u32 %in, {{2}}, {bins};
@@ -103,44 +118,59 @@ def histogram(
     return count(numbers(index), index)
 
 
-def places_bytes(n: int, size: int) -> int:
-    """Shared memory that `places` takes on CUDA."""
-    return 4 * max(n, size) * (size // BITS + 1)
-
-
-def places(number: jax.Array, first: jax.Array, size: int, num_warps: int) -> jax.Array:
+def places(number: jax.Array, first: jax.Array, size: int, bins: int, num_warps: int) -> jax.Array:
     """int32 [n], on CUDA: first[number] and how often the number stood before; -1 where it is negative.
 
-    number, first [n], n a power of two; numbers, below n, stand at the first `size` indices, a multiple of 32.
+    number, first [n], n a power of two from `bins` on; numbers, below `bins`, stand at the first `size` indices, a
+    multiple of 32.
     """
-    n, rows = number.shape[0], size // BITS
-    place = _Assembly(n * (rows + 1), n, num_warps)  # a bit for each index, [rows, n] words, and `first`
+    rows, bins = size // BITS, next_power_of_2(bins)
+    some = bins  # numbers at a time
+    while 4 * (bins + rows * some) > STATIC:
+        some //= 2
+    place = _Assembly(bins + rows * some, number.shape[0], num_warps)  # `first`, and [rows, some]: a bit for each index
     place.each(f"""
+        setp.lt.u32 %in, {{3}}, {bins};
         mad.lo.u32 %at, {{3}}, 4, %words;
-        st.shared.b32 [%at+{4 * n * rows}], {{2}};
-        setp.ge.s32 %in, {{1}}, 0;
-        shr.u32 %x, {{3}}, 5;
-        mad.lo.u32 %at, %x, {n}, {{1}};
-        mad.lo.u32 %at, %at, 4, %words;
-        and.b32 %x, {{3}}, 31;
-        shl.b32 %x, 1, %x;
-        @%in red.shared.or.b32 [%at], %x;""")
-    place.lines.append("bar.sync 0;")
-    lines = [
-        "max.s32 %at, {1}, 0;",
-        "mad.lo.u32 %at, %at, 4, %words;",
-        f"ld.shared.b32 %sum, [%at+{4 * n * rows}];",
-    ]
-    for row in range(rows):  # of each the bits below the index: all, some or none
-        lines += [
-            f"ld.shared.b32 %y, [%at+{4 * n * row}];",
-            f"sub.s32 %x, {{3}}, {BITS * row};",
-            "max.s32 %x, %x, 0;",
-            "shl.b32 %x, 1, %x;",  # 0 from 32 on
-            "sub.s32 %x, %x, 1;",
-            "and.b32 %y, %y, %x;",
-            "popc.b32 %y, %y;",
-            "add.s32 %sum, %sum, %y;",
-        ]
-    place.each("\n".join([*lines, "setp.ge.s32 %in, {1}, 0;", "selp.b32 {0}, %sum, -1, %in;"]))
-    return place(number, first, iota((n,), 0))
+        @%in st.shared.b32 [%at], {{2}};""")
+    for low in range(0, bins, some):
+        if low:
+            place.clear(bins, rows * some)
+        place.each(f"""
+            sub.s32 %at, {{1}}, {low};
+            setp.lt.u32 %in, %at, {some};
+            shr.u32 %x, {{3}}, 5;
+            mad.lo.u32 %at, %x, {some}, %at;
+            mad.lo.u32 %at, %at, 4, %words;
+            and.b32 %x, {{3}}, 31;
+            shl.b32 %x, 1, %x;
+            @%in red.shared.or.b32 [%at+{4 * bins}], %x;""")
+        place.meet()
+        if not low:
+            place.each("""
+                max.s32 %at, {1}, 0;
+                mad.lo.u32 %at, %at, 4, %words;
+                ld.shared.b32 {0}, [%at];""")
+        place.each(
+            f"""
+            sub.s32 %at, {{1}}, {low};
+            setp.lt.u32 %in, %at, {some};
+            mad.lo.u32 %at, %at, 4, %words;"""
+            + "".join(
+                f"""
+            mov.u32 %y, 0;
+            @%in ld.shared.b32 %y, [%at+{4 * (bins + some * row)}];
+            sub.s32 %x, {{3}}, {BITS * row}; // of these bits those below the index: all, some or none
+            max.s32 %x, %x, 0;
+            shl.b32 %x, 1, %x; // from 32 on 0
+            sub.s32 %x, %x, 1;
+            and.b32 %y, %y, %x;
+            popc.b32 %y, %y;
+            add.s32 {{0}}, {{0}}, %y;"""
+                for row in range(rows)
+            )
+        )
+    place.each("""
+        setp.ge.s32 %in, {1}, 0;
+        selp.b32 {0}, {0}, -1, %in;""")
+    return place(number, first, iota(number.shape, 0))

@@ -1,13 +1,12 @@
 """The dispatch plan: a stable counting sort of (token, slot) pairs by expert, in one launch or two.
 
-No program waits for another and nothing is added up atomically in memory: the plan depends on the ids alone. Few pairs
+No program waits for another, and a pair's row is a number of other pairs: the plan depends on the ids alone. Few pairs
 take one launch (plan_owned.py).
 
 Many pairs take two. They are cut into blocks, and runs of blocks make up chunks, of which there are few. The first
-launch puts each block in order, by comparing its keys with one another (a pair's expert with its own index behind it,
-so no two are the same), and counts each chunk's experts, block after block. In the second every block adds up the
-chunks' counts, which tells it the first free row of each expert, and gives its pairs, which lie in order now, to these
-rows. So the work grows linearly with the number of pairs.
+launch counts each chunk's experts, block after block. In the second every block adds up the chunks' counts, which tells
+it the first free row of each expert; a pair's row lies behind it by as many as chose the expert before in the block. So
+the work grows linearly with the number of pairs.
 
 The results come in one of two forms: the plan, or (align_blocks.py) the order of pairs with each block's expert.
 """
@@ -23,12 +22,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import plan_forms as forms
-from kernels_pallas.counting import BITS, LOW, STRIP, histogram, places, places_bytes, tally
+from kernels_pallas.counting import BITS, LOW, STRIP, histogram, places, tally
 from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 from kernels_pallas.plan_owned import plan_kernel
 
 NAMES = ("plan_dispatch", "plan_count", "plan_place")  # of the kernels: the one launch, or the two
-STATIC = 40 * 1024  # bytes of shared memory that a kernel may declare; Triton adds some
 AT_ONCE = 4096  # pairs that one launch takes
 
 
@@ -52,20 +50,26 @@ class Config:
 def config_for(num_items: int, num_experts: int, align: int, target: str) -> Config:
     """Which way and tile to use for these shapes on this target ("cuda" or "rocm")."""
     del align
-    wide = 2 if target == "rocm" else 1  # a warp has as many threads as two
-    if num_items <= AT_ONCE:
-        words = next(words for words in (2, 16, 32, 64, 128) if num_items <= words * BITS)
-        owned = min(max(1, next_power_of_2(num_experts) // 128), 512 // words)
-        return Config((4 if words <= 32 else 8) // wide, owned=owned, words=words)
-    num_warps = 4 // wide  # 128 threads, as many as a strip has pairs
     experts = next_power_of_2(num_experts)
-    block = 128 if num_items <= 16384 else 256 if num_items <= 65536 else 512
-    while places_bytes(experts, block) > STATIC:
-        block //= 2
-    chunks = 32 if num_items <= 65536 else 64
-    together = next_power_of_2(pl.cdiv(pl.cdiv(num_items, block), chunks))
-    fits = target == "cuda" and together * max(experts, block) <= 4096
-    return Config(num_warps, block=block, chunks=chunks, together=together if fits else 0)
+    wide = 2 if target == "rocm" else 1  # a warp has as many threads as two
+    if num_items <= AT_ONCE // max(1, experts // 512):
+        words = next(words for words in (2, 16, 32, 64, 128) if num_items <= words * BITS)
+        owned = min(max(1, experts // 128), 512 // words)
+        return Config((4 if words <= 32 else 8) // wide, owned=owned, words=words)
+    if target == "rocm":  # where a block's pairs are compared with one another
+        block = 128 if num_items <= 16384 else 256 if num_items <= 65536 else 512
+        return Config(4 // wide, block=block, chunks=32 if num_items <= 65536 else 64)
+    block = 512
+    together = 4096 // max(width(num_experts), block)  # not more, which would take too many registers
+    for chunks in (16, 32, 64, 128):
+        if num_items <= chunks * together * block:
+            return Config(4, block=block, chunks=chunks, together=together)
+    return Config(4, block=block, chunks=64 if num_experts <= 256 else 32)
+
+
+def width(num_experts: int) -> int:
+    """How many numbers stand for the experts of a block, where several blocks are counted together."""
+    return max(next_power_of_2(num_experts), 64)
 
 
 def num_rows(num_items: int, num_experts: int, align: int) -> int:
@@ -131,15 +135,15 @@ def _count_kernel(
         store(counts_ref.at[chunk * (steps + 1) + i, column], total, mask=mask)
 
     if config.together:
-        wide = max(next_power_of_2(num_experts), block)
-        tile = (config.together, wide)
+        wide = width(num_experts)
 
         def number(index: jax.Array) -> jax.Array:
             expert, i = local(chunk * steps * block + index), index // block
             return jnp.where((expert >= 0) & (i < steps), expert + i * wide, -1)
 
-        counts = histogram(number, block * config.together, tile[0] * wide, config.num_warps, assembly).reshape(tile)
-        total = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
+        counts = histogram(number, block * config.together, config.together * wide, config.num_warps, assembly)
+        tile = (counts.shape[0] // wide, wide)
+        total = jnp.cumsum(counts.reshape(tile), axis=0, dtype=jnp.int32)
         put(iota(tile, 0) + 1, iota(tile, 1), total)
         put(iota((wide,), 0) * 0, iota((wide,), 0), jnp.zeros((wide,), jnp.int32))
     else:
@@ -216,7 +220,7 @@ def _place_kernel(
     first = end - size + before
 
     if assembly:
-        give(expert, places(local(expert), first, block, config.num_warps))
+        give(expert, places(local(expert), first, block, num_experts, config.num_warps))
     else:
         strip = min(block, max(8192 // experts, 1))
 
@@ -255,8 +259,15 @@ def planned(
     common["map_size"] = 0 if given_map is None else given_map.size
     run = functools.partial(launch, sizes=sizes, num_warps=config.num_warps, interpret=interpret)
     if config.at_once:
-        tile = {"owned": config.owned, "words": config.words, "num_warps": config.num_warps}
-        kernel = functools.partial(plan_kernel, **common, **tile, align=align, assembly=assembly)
+        kernel = functools.partial(
+            plan_kernel,
+            **common,
+            align=align,
+            assembly=assembly,
+            owned=config.owned,
+            words=config.words,
+            num_warps=config.num_warps,
+        )
         return run(kernel, *ids, name=names[0], grid=grids[0], out_shape=out_shape)
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
     kernel = functools.partial(_count_kernel, **common, config=config, assembly=assembly)

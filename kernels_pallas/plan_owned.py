@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas import plan_forms as forms
@@ -36,14 +37,13 @@ def plan_kernel(
     out = forms.results([first_ref, second_ref, third_ref], form, num_items)
     map_ref, names_ref = forms.maps(given, form)
     program = pl.program_id(0)
-    programs, first = pl.cdiv(num_experts, owned), program * owned
+    programs, first = np.int32(pl.cdiv(num_experts, owned)), program * owned  # int32 under x64, too
 
     def local(item: jax.Array) -> jax.Array:
         return forms.local(ids_ref, map_ref, item, num_items, num_experts, map_size)
 
-    tile = (words, BITS)
-    expert = local(iota(tile, 0) * BITS + iota(tile, 1))
-    tile = (owned, words, BITS)
+    pairs, tile = (words, BITS), (owned, words, BITS)
+    expert = local(iota(pairs, 0) * BITS + iota(pairs, 1))
     chosen = expert[None] == first + iota(tile, 0)
     word = jnp.sum(jnp.where(chosen, 1 << iota(tile, 2), 0), axis=2, dtype=jnp.int32)
     if align == 1:
@@ -76,7 +76,7 @@ def plan_kernel(
     jax.lax.fori_loop(0, jnp.max(count), give, (word, row))
 
     if out.rows is not None:
-        share = next_power_of_2(pl.cdiv(words * BITS, programs))
+        share = next_power_of_2(pl.cdiv(words * BITS, int(programs)))
         item = program * share + iota((share,), 0)
         store(out.rows.at[item], jnp.full((share,), -1, jnp.int32), mask=(local(item) < 0) & (item < num_items))
     mine = first + iota((owned,), 0)

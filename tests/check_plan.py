@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe import DispatchPlan
+from kernels_pallas.plan_dispatch import Config
 from tests import oracle
+
+# The ways to a plan, for up to 1024 pairs.
+WAYS = {
+    "one launch": Config(num_warps=4, owned=2, words=32),
+    "two launches": Config(num_warps=4, block=128, chunks=4),
+    "two launches, blocks counted together": Config(num_warps=4, block=128, chunks=4, together=2),
+}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tests import oracle
 from tests.cases import BF16, F16, F32, Case, coarse, normal, spoiled
 from tests.cases import CASES as ROUTES
 from tests.check_dispatch import check_combine, check_dispatch, rounding
-from tests.check_plan import PLAN_CASES, PlanCase, blocks_length, check_blocks, check_plan, drawn
+from tests.check_plan import PLAN_CASES, WAYS, PlanCase, blocks_length, check_blocks, check_plan, drawn
 from tests.check_route import check_route
 from tests.emulator.memory import Fault
 from tests.emulator.native import Emulator, array, forget
@@ -186,13 +186,12 @@ def plan(emulator: Emulator, case: PlanCase, tokens: int | None = None, offset: 
     return found
 
 
-@pytest.fixture(params=["one launch", "two launches"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways for every case, however few its pairs are."""
-    config = plan_kernels.Config(block=128, chunks=4, num_warps=4) if request.param == "two launches" else None
-    if config:
-        monkeypatch.setattr(plan_kernels, "config_for", lambda *args: config)
-    return str(request.param)
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> plan_kernels.Config:
+    """Every way for every case, however few its pairs are."""
+    config: plan_kernels.Config = WAYS[request.param]
+    monkeypatch.setattr(plan_kernels, "config_for", lambda *args: config)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -212,16 +211,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         },
     ),
 )
-def test_plan(case: PlanCase, way: str, emulator: Emulator) -> None:
+def test_plan(case: PlanCase, way: plan_kernels.Config, emulator: Emulator) -> None:
     plan(emulator, case)
     plan(emulator, case, tokens=case.tokens + 70)
-    assert len(emulator.records) == (2 if way == "one launch" else 4) * (case.tokens > 0)
+    assert len(emulator.records) == (2 if way.at_once else 4) * (case.tokens > 0)
 
 
 @pytest.mark.parametrize(
     ("tokens", "case"),
     [
         (600, PlanCase("the two launches that many pairs take", 257, slots=9, ids=drawn(-1, 258))),
+        (130, PlanCase("so many experts that a block's bits are counted in turns", 2048, slots=9, ids=drawn(-1, 2049))),
+        (2000, PlanCase("chunks of which one is not full, and one without pairs", 3, slots=8, ids=drawn(-1, 4))),
+        (256, PlanCase("as many pairs as one launch takes", 33, slots=16, ids=drawn(-1, 34))),
         (300, PlanCase("and with padding", 128, slots=8, align=128, ids=drawn(-1, 129))),
         (7, PlanCase("few pairs of 300 experts with padding", 300, slots=8, align=64)),
         (7, PlanCase("of so many that four warps count together on sm_90", 898, slots=8, align=16)),
@@ -245,7 +247,7 @@ def test_plan_as_configured(tokens: int, case: PlanCase, emulator: Emulator) -> 
     ],
     ids=lambda value: getattr(value, "why", ""),
 )
-def test_align_blocks(case: PlanCase, named: bool, way: str, emulator: Emulator) -> None:
+def test_align_blocks(case: PlanCase, named: bool, way: plan_kernels.Config, emulator: Emulator) -> None:
     for tokens, offset in ((case.tokens, 0), (case.tokens + 70, 1)):
         ids, expert_map = case.inputs(tokens)
         length = blocks_length(ids.size, case.num_experts, case.align)

@@ -92,7 +92,7 @@ class State:
         self.everyone = np.arange(self.lanes)
         # Threads of one warp must not rely on one another either, where the program is one warp.
         self.who = (self.thread // np.uint32(1 if threads == 32 else 32)).astype(np.int32)
-        self.shared = Shared(code.shared_bytes, len(ids))
+        self.shared = Shared(code.kernel.shared_bytes + code.shared_bytes, len(ids))
         self.local = Shared(code.kernel.local_bytes, self.lanes)
         self.groups = np.zeros(self.lanes, np.int64)  # of asynchronous copies, so far
         self.pending: list[tuple[Array, Array, Array, list[Array]]] = []
@@ -187,7 +187,7 @@ def launch(code: Code, memory: Global, grid: tuple[int, int], arguments: list[in
     programs = np.arange(grid[0] * grid[1])
     record = Record(kernel.name, np.zeros(len(programs), int), np.zeros(len(kernel.code), int), kernel.code)
     memory.new_launch()
-    size = max(1, min(MOST_LANES // kernel.threads, MOST_SHARED // max(code.shared_bytes, 1)))
+    size = max(1, min(MOST_LANES // kernel.threads, MOST_SHARED // max(kernel.shared_bytes + code.shared_bytes, 1)))
     with np.errstate(all="ignore"):
         for start in range(0, len(programs), size):
             ids = programs[start : start + size]

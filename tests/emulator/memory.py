@@ -14,7 +14,7 @@ import numpy as np
 from tests.emulator.numbers import Array
 
 POISON = 0xA5
-NOBODY, SEVERAL = -1, -2
+NOBODY, SEVERAL, ATOMICALLY = -1, -2, -3
 
 
 class Fault(AssertionError):
@@ -46,6 +46,16 @@ class Marks:
                 at = wrong.argmax()
                 raise Fault(f"{who.flat[at]} overwrites what {other.flat[at]} {kind}")
         self.writer[cells] = who
+
+    def change(self, cells: Array, who: Array) -> None:
+        """Atomically, as others may at the same time; but nobody may read or write them besides."""
+        who = np.broadcast_to(who, cells.shape)
+        for kind, other in (("wrote", self.writer[cells]), ("read", self.reader[cells])):
+            wrong = (other != NOBODY) & (other != who) & (other != ATOMICALLY)
+            if wrong.any():
+                at = wrong.argmax()
+                raise Fault(f"{who.flat[at]} changes what {other.flat[at]} {kind}")
+        self.writer[cells] = ATOMICALLY
 
     def clear(self, cells: Any = slice(None)) -> None:
         self.writer[cells] = self.reader[cells] = NOBODY
@@ -186,6 +196,12 @@ class Shared:
         view[index] = values
         if (view[index] != values).any():
             raise Fault("threads write different values to one place")
+
+    def change(self, kind: str, addresses: Array, values: Array, program: Array, who: Array) -> None:
+        """Atomic additions, or unions of bits, of words of 32 bits."""
+        first = self.index(addresses, 4, program)
+        self.marks.change(first[:, None] + np.arange(4), who[:, None])
+        {"add": np.add, "or": np.bitwise_or}[kind].at(self.views[4], first // 4, values)
 
     def barrier(self, programs: Array) -> None:
         """Whatever these programs did before is past."""

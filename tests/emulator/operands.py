@@ -44,8 +44,12 @@ class Operands:
             raise NotImplementedError(f"operand {operand}")
         if operand.startswith("%") and declared is None:
             return lambda state, lanes: state.special(operand, lanes).astype(dtype)
-        if operand in ("global_smem", "__local_depot0"):
+        if operand == "__local_depot0":
             return lambda state, lanes: np.array([Shared.BASE], dtype)
+        if operand == "global_smem" or operand in self.kernel.shared:
+            # What is asked for at the launch lies behind the variables, which may yet be declared.
+            where = lambda: self.kernel.shared.get(operand, self.kernel.shared_bytes)
+            return lambda state, lanes: np.array([Shared.BASE + where()], dtype)
         if declared is None:
             value = number(operand, kind)
             return lambda state, lanes: value

@@ -43,6 +43,8 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)  # the letters of a register's name -> its type
     local_bytes: int = 0  # of a thread
+    shared: dict[str, int] = field(default_factory=dict)  # variables in shared memory -> where, from its beginning
+    shared_bytes: int = 0  # that they take: what is asked for at the launch lies behind
 
 
 _LABEL = re.compile(r"([$\w]+):\s*(?!:)")
@@ -95,6 +97,12 @@ def _add(kernel: Kernel, statement: str) -> None:
         return
     if found := re.fullmatch(r"\.local \.align \d+ \.b8 __local_depot0\[(\d+)\]", statement):
         kernel.local_bytes = int(found[1])
+        return
+    if found := re.fullmatch(r"\.shared \.align \d+ \.b32 (\w+)\[(\d+)\]", statement):
+        if found[1] in kernel.shared:
+            raise NotImplementedError(f"{kernel.name}: {found[1]} is declared twice")
+        kernel.shared[found[1]] = kernel.shared_bytes
+        kernel.shared_bytes += -(-4 * int(found[2]) // 16) * 16
         return
     if statement.startswith("."):
         registers = _REGISTERS.match(statement)

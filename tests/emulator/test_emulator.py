@@ -257,6 +257,28 @@ def test_shared_memory_and_barrier() -> None:
     assert set(out) == {POISON * 0x01010101}, "nobody wrote it"
 
 
+def test_changes_of_shared_memory() -> None:
+    """Variables there, and what threads add or join atomically: a barrier has to stand before and behind."""
+    body = """.shared .align 4 .b32 first[1]; .shared .align 4 .b32 second[64];
+    mov.u32 %r9, second; shl.b32 %r10, %r6, 2; add.s32 %r10, %r9, %r10; st.shared.b32 [%r10], 0; bar.sync 0;
+    shl.b32 %r11, %r1, %r6; red.shared.or.b32 [%r9], %r11; red.shared.add.u32 [%r9+4], 3; bar.sync 0;
+    ld.shared.b32 %r11, [%r9]; ld.shared.b32 %r12, [%r9+4]; add.s32 %r5, %r11, %r12;"""
+    out, _ = run(body, (5, 0, 0, 0), programs=2, shared=4)
+    assert set(out) == {3 * THREADS - 1}
+    for without in (1, 2):
+        parts = body.split("bar.sync 0;")
+        parts[without - 1 : without + 1] = [parts[without - 1] + parts[without]]
+        with pytest.raises(Fault, match="changes what 0 wrote" if without == 1 else "reads what -3 wrote"):
+            run("bar.sync 0;".join(parts))
+    read_before = "ld.shared.b32 %r12, [%r9+4]; red.shared.or.b32 [%r9], %r11;"
+    with pytest.raises(Fault, match=r"changes what .* read"):
+        run(body.replace("red.shared.or.b32 [%r9], %r11;", read_before))
+    with pytest.raises(Fault, match="of the 272 that there are"):
+        run(body.replace("ld.shared.b32 %r11, [%r9];", "ld.shared.b32 %r11, [%r9+256];"), shared=0)
+    with pytest.raises(NotImplementedError, match="first is declared twice"):
+        run(body.replace("second[64]", "first[64]"))
+
+
 def test_asynchronous_copies_arrive_when_they_are_waited_for() -> None:
     body = """shl.b32 %r9, %r6, 4; mov.b32 %r10, global_smem; add.s32 %r9, %r10, %r9;
     cp.async.cg.shared.global [ %r9 + 0 ], [ %rd3 + 0 ], 0x10, %r8; cp.async.commit_group; WAIT

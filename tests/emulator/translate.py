@@ -174,7 +174,9 @@ class Translator(Collective):
         return mods[0], np.dtype(DTYPES[kind]).itemsize, count, kind
 
     def _atom(self, instruction: Instruction) -> Step:
-        mods = [mod for mod in instruction.name.split(".")[1:] if not HINTS.fullmatch(mod)]
+        name, *mods = [mod for mod in instruction.name.split(".") if not HINTS.fullmatch(mod)]
+        if name == "red" and mods in (["shared", "add", "u32"], ["shared", "or", "b32"]):
+            return self._shared_atom(instruction, mods[1])
         if mods not in (["global", "add", "u32"], ["global", "add", "s32"]):
             raise NotImplementedError(instruction.text)
         *to, at, value = instruction.operands
@@ -188,6 +190,17 @@ class Translator(Collective):
         return add
 
     _red = _atom
+
+    def _shared_atom(self, instruction: Instruction, kind: str) -> Step:
+        at, value = instruction.operands
+        address, read = self.address(at, "u32"), self.read(value, "u32")
+
+        def change(state: Any, lanes: Lanes) -> None:
+            where, here = address(state, lanes), state.indices(lanes)
+            values = np.broadcast_to(read(state, lanes), where.shape)
+            state.shared.change(kind, where, values, state.member[here], state.who[here])
+
+        return change
 
     def _cp(self, instruction: Instruction) -> Step:
         """Asynchronous copies: until it has been waited for, what is copied is poison."""

@@ -44,11 +44,20 @@ def test_checks_reject_wrong_plans() -> None:
 
 @pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize(
-    ("block", "chunks"),
-    [(16, 0), (32, 0), (128, 1), (128, 3), (128, 16), (256, 2)],
-    ids=lambda number: str(number),
+    "config",
+    [
+        kernels.Config(num_warps=4, owned=1, words=32),
+        kernels.Config(num_warps=4, owned=8, words=32),
+        kernels.Config(num_warps=4, owned=128, words=64),
+        *(kernels.Config(num_warps=4, block=128, chunks=chunks) for chunks in (1, 3, 16)),
+        kernels.Config(num_warps=4, block=256, chunks=2),
+        kernels.Config(num_warps=4, block=128, chunks=1, together=8),
+        kernels.Config(num_warps=4, block=128, chunks=3, together=4),
+        kernels.Config(num_warps=4, block=512, chunks=16, together=8),
+    ],
+    ids=str,
 )
-def test_however_the_pairs_are_cut(block: int, chunks: int, align: int) -> None:
+def test_however_the_pairs_are_cut(config: kernels.Config, align: int) -> None:
     """One launch or two, blocks in chunks that are not all full, a ragged end: the same plan."""
     experts = jnp.asarray(np.random.default_rng(0).integers(-1, 70, (191, 5)), I32)
     plan = kernels.plan_dispatch(
@@ -56,7 +65,7 @@ def test_however_the_pairs_are_cut(block: int, chunks: int, align: int) -> None:
         None,
         num_experts=69,
         align=align,
-        config=kernels.Config(block, chunks, num_warps=4),
+        config=config,
         interpret=True,
     )
     check_plan(jaxmoe.DispatchPlan(*plan), experts, 69, align)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.align_blocks import align_blocks
-from kernels_pallas.plan_dispatch import Config
-from tests.check_plan import PlanCase, blocks_length, check_blocks, drawn
+from tests.check_plan import WAYS, PlanCase, blocks_length, check_blocks, drawn
 
 CASES = [
     PlanCase("one token, odd E", 5, tokens=1, align=4),
@@ -28,7 +27,6 @@ NAMED = [
     PlanCase("experts by the names of a map", 6, align=4, expert_map=(-1, 2, -1, 0, 1, -1)),
     PlanCase("and ids past the end", 5, align=8, expert_map=(3, -1, 0, 9, 1), ids=drawn(-1, 9)),
 ]
-WAYS = {"one launch": None, "two launches": Config(block=128, chunks=4, num_warps=4)}
 
 
 @pytest.mark.parametrize("way", WAYS)
