@@ -52,7 +52,7 @@ def config_for(num_items: int, num_experts: int, align: int, target: str) -> Con
     del align
     experts = next_power_of_2(num_experts)
     wide = 2 if target == "rocm" else 1  # a warp has as many threads as two
-    if num_items <= AT_ONCE // max(1, experts // 512):
+    if num_items <= (AT_ONCE if experts <= 512 else AT_ONCE // 2):
         words = next(words for words in (2, 16, 32, 64, 128) if num_items <= words * BITS)
         owned = min(max(1, experts // 128), 512 // words)
         return Config((4 if words <= 32 else 8) // wide, owned=owned, words=words)
@@ -60,10 +60,11 @@ def config_for(num_items: int, num_experts: int, align: int, target: str) -> Con
         block = 128 if num_items <= 16384 else 256 if num_items <= 65536 else 512
         return Config(4 // wide, block=block, chunks=32 if num_items <= 65536 else 64)
     block = 512
-    together = 4096 // max(width(num_experts), block)  # not more, which would take too many registers
+    most = 4096 // max(width(num_experts), block)  # of them together: more would take too many registers
     for chunks in (16, 32, 64, 128):
-        if num_items <= chunks * together * block:
-            return Config(4, block=block, chunks=chunks, together=together)
+        steps = pl.cdiv(num_items, chunks * block)
+        if steps <= most:
+            return Config(4, block=block, chunks=chunks, together=max(2, next_power_of_2(steps)))
     return Config(4, block=block, chunks=64 if num_experts <= 256 else 32)
 
 
