@@ -141,16 +141,17 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
                 f"router, {x} by {weight}, {tokens} tokens",
                 functools.partial(router, x_dtype=x, weight_dtype=weight, tokens=tokens),
             )
-    for tokens, slots, align in ((1, 5, 1), (37, 5, 1), (1, 5, 4), (37, 5, 64), (700, 5, 1), (300, 5, 4), (9000, 4, 4)):
+    sizes = ((1, 5, 1), (37, 5, 1), (1, 5, 4), (37, 5, 64), (700, 5, 1), (900, 5, 4), (9000, 4, 4), (132000, 4, 1))
+    for tokens, slots, align in sizes:
         yield (
             f"{tokens} x {slots} pairs, align {align}",
             functools.partial(moved, tokens=tokens, slots=slots, align=align, width=8 if tokens > 1000 else WIDTH),
         )
     yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
-    for tokens in (1, 37, 300):
+    for tokens in (1, 37, 900):
         yield f"blocks, {tokens} x 5 pairs", functools.partial(blocks, tokens=tokens, slots=5)
     yield "blocks, here", functools.partial(blocks, tokens=50, slots=3, here=True)
-    yield "blocks, named", functools.partial(blocks, tokens=300, slots=5, named=True)
+    yield "blocks, named", functools.partial(blocks, tokens=900, slots=5, named=True)
     yield "experts, many rows", functools.partial(experts, dtype=BF16, rows=600, activation="silu", transposed=False)
     yield "experts, few rows", functools.partial(experts, dtype=BF16, rows=37, activation="gelu_tanh", transposed=True)
     yield "layer, few rows an expert", functools.partial(layer, config=GROUPED, tokens=37)
