@@ -46,7 +46,7 @@ def align_blocks(
         num_experts=num_experts,
         align=align,
         rows=length,
-        config=config or config_for(experts.size, num_experts, align, target),
+        config=config or config_for(experts.size, num_experts, target),
         assembly=target == "cuda" and not interpret,
         interpret=interpret,
     )

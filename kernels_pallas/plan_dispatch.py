@@ -47,9 +47,8 @@ class Config:
         return self.words > 0
 
 
-def config_for(num_items: int, num_experts: int, align: int, target: str) -> Config:
+def config_for(num_items: int, num_experts: int, target: str) -> Config:
     """Which way and tile to use for these shapes on this target ("cuda" or "rocm")."""
-    del align
     experts = next_power_of_2(num_experts)
     wide = 2 if target == "rocm" else 1  # a warp has as many threads as two
     if num_items <= (AT_ONCE if experts <= 512 else AT_ONCE // 2):
@@ -301,7 +300,7 @@ def plan_dispatch(
         num_experts=num_experts,
         align=align,
         rows=length,
-        config=config or config_for(experts.size, num_experts, align, target),
+        config=config or config_for(experts.size, num_experts, target),
         assembly=target == "cuda" and not interpret,
         interpret=interpret,
     )

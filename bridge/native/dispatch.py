@@ -76,7 +76,7 @@ def _launch_plan(
     align: int,
 ) -> None:
     num_items = experts.numel()
-    config = plan_kernels.config_for(num_items, num_experts, align, _platform())
+    config = plan_kernels.config_for(num_items, num_experts, _platform())
     sizes = plan_kernels.sizes_for(num_items, slots.numel(), config)
     grids, numbers = plan_kernels.grids_for(num_experts, sizes, config), sizes.values()
     ids = [experts.data_ptr()]
