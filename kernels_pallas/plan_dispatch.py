@@ -139,7 +139,7 @@ def _count_kernel(
 
         def number(index: jax.Array) -> jax.Array:
             expert, i = local(chunk * steps * block + index), index // block
-            return jnp.where((expert >= 0) & (i < steps), expert + i * wide, -1)
+            return jnp.where((expert >= 0) & (i < steps), expert + i * wide, -1)  # the next chunk's would be in vain
 
         counts = histogram(number, block * config.together, config.together * wide, config.num_warps, assembly)
         tile = (counts.shape[0] // wide, wide)
