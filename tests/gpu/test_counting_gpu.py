@@ -17,7 +17,7 @@ SHAPES = [(1, 1), (5, 1), (5, 4), (13, 3), (256, 1), (256, 64), (1026, 8), (2048
 @pytest.mark.parametrize(("num_experts", "align"), SHAPES)
 @pytest.mark.parametrize("way", [*WAYS, "large blocks", "large blocks, counted together", "as configured"])
 def test_every_way(way: str, num_experts: int, align: int, implementation: str) -> None:
-    """Blocks whose bits are counted in turns among them; by XLA's compiler, which no other test without a GPU asks."""
+    """Blocks whose bits are counted in turns among them; by XLA's compiler, which no test without a GPU asks."""
     del implementation  # memory is poisoned for it
     few = way in WAYS
     large = kernels.Config(num_warps=4, block=512, chunks=16, together=2 if "together" in way else 0)
