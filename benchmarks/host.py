@@ -81,7 +81,7 @@ def measure() -> dict[str, Any]:
     out = bridge.Routing(torch.empty(64, 8, device="cuda"), torch.empty(64, 8, device="cuda", dtype=torch.int32), None)
     text, weights, experts = config.json, out.weights, out.experts
     op = torch.ops.jaxmoe.route_out.default
-    made_for, device = native.route_kernels.config_for(64, 256, "cuda"), logits.get_device()
+    made_for, device = native.route_kernels.config_for(64, 256, 8, "cuda"), logits.get_device()
     kernel = native._route(text, logits.dtype, bias.dtype, None, False, 256, 1, 0, made_for, True, device)
     addresses = logits.data_ptr(), bias.data_ptr(), 64, weights.data_ptr(), experts.data_ptr()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def shares(model: str, scale: float) -> tuple[float, float, float]:
         return found if mask is None else jnp.where(mask, found, 0.0)
 
     spare = by_bits(rule, has_bias, 2)
-    layout, possible = layout_for(rule, config_for(1, rule.num_experts, "cuda").lanes, spare)
+    layout, possible = layout_for(rule, config_for(1, rule.num_experts, rule.num_slots, "cuda").lanes, spare)
     assert possible, f"no quick search for {model}"
     columns = lambda values, itemsize: [c[0] for c in layout.load(lambda row, *at: read(values, *at), itemsize, 1)]
     biases = columns(bias, 4) if has_bias else None

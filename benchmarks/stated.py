@@ -12,6 +12,12 @@ from bridge import DispatchPlan, RoutingConfig
 
 Tensor = torch.Tensor
 
+_SCORES = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(dim=1),
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
 
 def _choices(
     logits: Tensor,
@@ -25,7 +31,7 @@ def _choices(
     Of groups that are as good as equal, those of the `chosen` experts are kept.
     """
     logits = logits.to(dtype)
-    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(dim=1)
+    scores = _SCORES[config.scoring_func](logits)
     choice = scores if bias is None else scores + bias
     if config.n_group > 1:
         groups = choice.unflatten(1, (config.n_group, -1))

@@ -57,6 +57,11 @@ def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
 CACHED, PAST_CACHE = 24 << 20, 400 << 20
 
 
+def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
+    """divmod of what is not negative."""
+    return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n = 0): every Triton tensor has such sides."""
     return 1 << max(n - 1, 0).bit_length()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.launch import iota, next_power_of_2
+from kernels_pallas.launch import divmod_by, iota, next_power_of_2
 
 Load = Callable[[jax.Array, "jax.Array | None"], jax.Array]  # (expert ids, mask) -> float32
 
@@ -22,11 +22,6 @@ def load_flat(load_at: LoadRows, row: jax.Array, expert: jax.Array, mask: jax.Ar
     """The same without axes: of two Triton would put those on the lanes where it thinks more lies together."""
     flat = load_at(row.reshape(-1), expert.reshape(-1), None if mask is None else mask.reshape(-1))
     return flat.reshape(expert.shape)
-
-
-def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
-    """divmod of what is not negative."""
-    return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,16 @@ class Layout:
         return jnp.where(group < self.n_group, self.size - lane * self.columns, 0)
 
     def expert(self, place: jax.Array) -> jax.Array:
-        """The expert at lane * next_power_of_2(columns) + column."""
+        """The expert at lane * next_power_of_2(columns) + column; the last one where none is.
+
+        Two lanes that tie add up to a lane that may have none.
+        """
         width = next_power_of_2(self.columns)
-        if self.size == self.run * width:
-            return place
-        lane, column = divmod_by(place, width)
-        group, lane = divmod_by(lane, self.run)
-        return group * self.size + lane * self.columns + column
+        if self.size != self.run * width:
+            lane, column = divmod_by(place, width)
+            group, lane = divmod_by(lane, self.run)
+            place = group * self.size + lane * self.columns + column
+        return place if self.full else jnp.minimum(place, self.n_group * self.size - 1)
 
     def load(self, load_at: LoadRows, itemsize: int, rows: int) -> list[jax.Array]:
         """[rows, lanes] for each column; load_at(row, expert, mask) takes them from memory, all of one shape.

@@ -62,8 +62,8 @@ def _keys_of_logits(xs: list[jax.Array], spare: bool) -> list[jax.Array]:
 class Found(NamedTuple):
     """What the quick search says of a token."""
 
-    ids: jax.Array  # [slots], of experts that there are
-    sure: jax.Array | None  # ids are those of the chosen experts, in order; None: no search was possible
+    place: jax.Array  # [slots], as `Layout.expert` takes it
+    sure: jax.Array | None  # these are the chosen experts, in order; None: no search was possible
     members_sure: jax.Array | None  # they are, in some order; None where it would be `sure`
     row_max: jax.Array  # [1]; this and row_sum [1] are what softmax's weights need of the row
     row_sum: jax.Array
@@ -195,7 +195,4 @@ def quick_choice(
     )
     if scale:
         sure, members_sure = sure & (large < SCALE_BIAS), members_sure & (large < SCALE_BIAS)
-    ids = layout.expert(place)
-    if not layout.full:  # where it is not sure, a pick may be none: two lanes that tie add up to one without experts
-        ids = jnp.minimum(ids, rule.num_experts - 1)
-    return Found(ids, sure, None if spare else members_sure, row_max, row_sum)
+    return Found(place, sure, None if spare else members_sure, row_max, row_sum)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load_masked, next_power_of_2, store
+from kernels_pallas.launch import divmod_by, iota, launch, load_masked, next_power_of_2, store
 from kernels_pallas.layout import Layout, Load, LoadRows, load_flat
 from kernels_pallas.quick import by_bits, layout_for, offsets, on_scale, quick_choice
 from kernels_pallas.rule import Rule
 from kernels_pallas.score import EXCLUDED, NAN_KEY, encode, plus_zero, score, unscaled_weights
-from kernels_pallas.select import in_order, keep_groups, top_k
+from kernels_pallas.select import by_run, in_order, keep_groups, top_k
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,40 @@ class Config:
     warps: int  # among which these are shared out
     lanes: int  # of a warp
 
+    @property
+    def together(self) -> int:
+        """Tokens of a warp."""
+        return self.rows // self.warps
 
-FEW, MANY = 512, 32768  # tokens
+    def slots(self, num_slots: int) -> int:
+        """So many of a token lie on the lanes.
+
+        Of fewer Triton would lay each on several lanes, or several on one, and all tiles before them in that way, too.
+        """
+        return max(next_power_of_2(num_slots), self.lanes // self.together)
 
 
-def config_for(num_tokens: int, num_experts: int, target: str) -> Config:
+FEW = 512  # tokens
+KEYS = 20  # on a lane, of more than two tokens together
+
+
+def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -> Config:
     """How to share out tokens on this target ("cuda" or "rocm").
 
     Few tokens begin at once all the same, and do best without company: one that is not sure holds up the others. So it
-    is where a token takes long. Very many keep a multiprocessor busy however few of them it has at a time: then a warp
-    takes two, which need not wait for one another.
+    is where a token takes long. Of many, a warp takes some, so that fewer programs have to begin: they need not wait
+    for one another, and their picks share its lanes. Those that take little time do so from fewer tokens on.
     """
     lanes = 64 if target == "rocm" else 32
     if num_tokens <= FEW or num_experts > 512:  # measured on an H100, as all of this
         return Config(1, 1, lanes)
+    columns = pl.cdiv(num_experts, lanes)
+    each = min(max(512, 128 * columns**2), 8192)
+    together = min(num_tokens // each, lanes // next_power_of_2(num_slots), max(2, KEYS // columns))
+    if together > 1 and target == "cuda":
+        return Config(1 << (together.bit_length() - 1), 1, lanes)
     rows = 2 if num_experts <= 384 else 4
-    return Config(rows, 1 if num_tokens >= MANY and rows == 2 and target == "cuda" else rows, lanes)
+    return Config(rows, rows, lanes)
 
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
@@ -76,10 +95,11 @@ def _exact_choice(
     rule: Rule,
     layout: Layout,
     slots: int,
+    period: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(ids [slots], row_sum, made NaN where softmax of the row is) of one token, whatever its logits.
+    """(places [slots], row_sum, made NaN where softmax of the row is) of one token, whatever its logits.
 
-    xs, biases: as for `quick_choice`.
+    xs, biases: as for `quick_choice`. The places come again after `period`.
     """
     by_logit = rule.by_logit(biases is not None)
     if by_logit:
@@ -94,11 +114,11 @@ def _exact_choice(
     keys = layout.mask(keys, EXCLUDED)
     if rule.grouped:
         keys = keep_groups(keys, rule.on_lanes(layout))
-    return layout.expert(top_k(keys, rule.top_k, slots)), row_sum
+    return top_k(keys, rule.top_k, slots, period=period), row_sum
 
 
-def _all(values: jax.Array) -> jax.Array:
-    return jnp.min(values.astype(jnp.int32)) > 0
+def _all(values: list[jax.Array]) -> jax.Array:
+    return jnp.min(functools.reduce(operator.and_, values).astype(jnp.int32)) > 0
 
 
 def _choice(
@@ -107,52 +127,68 @@ def _choice(
     itemsizes: tuple[int, int],
     rule: Rule,
     config: Config,
-    slots: int,
+    token: jax.Array,
+    slot: jax.Array,
     assembly: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(ids, their logits [rows, slots], row_max, row_sum [rows, 1]): the experts, and what their weights need.
+    """(ids, their logits, row_max, row_sum): the experts of each [warps, slots], and what their weights need.
 
-    itemsizes: the bytes of a logit and of a bias.
+    token, slot [warps, slots]: of a program and of a token. itemsizes: the bytes of a logit and of a bias.
     """
-    rows = config.rows
+    warps, together = config.warps, config.together
+    slots, period = slot.shape[1], slot.shape[1] // together
     spare = by_bits(rule, load_bias is not None, itemsizes[0])
     layout, possible = layout_for(rule, config.lanes, spare)
 
-    def load() -> tuple[list[jax.Array], list[jax.Array] | None]:
-        xs = layout.load(load_logits, itemsizes[0], rows)
-        return xs, load_bias and layout.load(lambda row, *at: load_bias(*at), itemsizes[1], rows)
+    def load(which: int) -> list[jax.Array]:
+        """A token of every warp."""
+        return layout.load(lambda row, *at: load_logits(row * together + which, *at), itemsizes[0], warps)
+
+    def load_biases() -> list[jax.Array] | None:
+        return load_bias and layout.load(lambda row, *at: load_bias(*at), itemsizes[1], warps)
+
+    def merged(of_tokens: list[jax.Array]) -> jax.Array:
+        """What each slot's token has; of_tokens [warps, slots or 1]."""
+        return by_run(of_tokens, token % together)
 
     first = load_bias and load_bias(jnp.int32(0), None)
+    xs, biases = [load(t) for t in range(together)], load_biases()  # logits first: they come from furthest away
+    if biases is not None and first is not None and on_scale(rule, True):
+        biases = offsets(biases, first, assembly)
     search = functools.partial(
         quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=assembly
     )
-    xs, biases = load()
-    if biases is not None and first is not None and on_scale(rule, True):
-        biases = offsets(biases, first, assembly)
-    found = jax.vmap(search, in_axes=(0, 0, None))(xs, biases, first)
-    ids, sure, members_sure, row_max, row_sum = found
+    found = [jax.vmap(search, in_axes=(0, 0, None))(x, biases, first) for x in xs]
+    row_max, row_sum = merged([f.row_max for f in found]), merged([f.row_sum for f in found])
 
     def at(ids: jax.Array, load: LoadRows) -> jax.Array:
-        return load_flat(load, iota(ids.shape, 0), ids, iota(ids.shape, 1) < rule.top_k)
+        return load_flat(load, token, ids, slot < rule.top_k)
 
     def exact() -> tuple[jax.Array, jax.Array, jax.Array]:
-        choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots)
-        ids, total = jax.vmap(choose)(*load(), row_max, row_sum)  # loaded again: nothing is kept for what is rare
-        return ids, at(ids, load_logits), total
+        """From the beginning: nothing is kept for what is rare."""
+        choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots, period=period)
+        xs, biases = [load(t) for t in range(together)], load_biases()
+        done = [jax.vmap(choose)(x, biases, f.row_max, f.row_sum) for x, f in zip(xs, found, strict=True)]
+        ids, row_sum = layout.expert(merged([place for place, _ in done])), merged([total for _, total in done])
+        return ids, at(ids, load_logits), row_sum
 
-    if sure is None:
+    if found[0].sure is None:
         ids, x, row_sum = exact()
         return ids, x, row_max, row_sum
+    ids = layout.expert(merged([f.place for f in found]))
     x = at(ids, load_logits)  # on its way while the search finds out whether it is sure
 
     def again() -> tuple[jax.Array, jax.Array, jax.Array]:
         bias = None if load_bias is None else at(ids, lambda row, *args: load_bias(*args))
         key = _choices(x, bias, rule, row_max, row_sum)
-        ordered = jax.vmap(functools.partial(in_order, k=rule.top_k))(ids, key)
+        ordered = jax.vmap(functools.partial(in_order, k=rule.top_k, period=period))(ids, key)
         return ordered, at(ordered, load_logits), row_sum
 
+    sure = [f.sure for f in found if f.sure is not None]
+    members_sure = [f.members_sure for f in found if f.members_sure is not None]
+
     def otherwise() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return exact() if members_sure is None else jax.lax.cond(_all(members_sure), again, exact)
+        return jax.lax.cond(_all(members_sure), again, exact) if members_sure else exact()
 
     ids, x, row_sum = jax.lax.cond(_all(sure), lambda: (ids, x, row_sum), otherwise)
     return ids, x, row_max, row_sum
@@ -178,10 +214,8 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    # Of fewer slots than lanes Triton would lay several on a lane, or across rows, and all tiles after them.
-    rows, slots = config.rows, max(next_power_of_2(rule.num_slots), config.lanes)
-    program = pl.program_id(0)
-    first = program * rows
+    program, slots = pl.program_id(0), config.slots(rule.num_slots)
+    first = program * config.rows
 
     load_bias: Load | None = None
     itemsizes = (logits_ref.dtype.itemsize, 0)
@@ -195,18 +229,22 @@ def _route_kernel(
         token = jnp.minimum(first + row, num_tokens - 1)  # those past the end read the last one, and write nothing
         return _load(logits_ref.at[jnp.broadcast_to(token, expert.shape), column + expert], mask)
 
-    ids, x, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, slots, assembly)
-    slot, token = iota((rows, slots), 1), first + iota((rows, slots), 0)
-    routed = slot < rule.top_k
-    weights = rule.scale * unscaled_weights(
-        x,
-        routed,
-        scoring_func=rule.scoring_func,
-        renormalize=rule.renormalize,
-        row_max=row_max,
-        row_sum=row_sum,
-        width=next_power_of_2(rule.top_k),
-    )
+    tile = (config.warps, config.together * slots)
+    row, slot = iota(tile, 0), iota(tile, 1)
+    if config.together > 1:  # else left as it is: where Triton does not see slots next to one another, it moves them
+        which, slot = divmod_by(slot, slots)
+        row = row * config.together + which
+    ids, x, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, row, slot, assembly)
+    token, routed, width = first + row, slot < rule.top_k, next_power_of_2(rule.top_k)
+    weigh = functools.partial(unscaled_weights, scoring_func=rule.scoring_func, renormalize=rule.renormalize)
+    if config.together == 1:
+        weights = weigh(x, routed, row_max=row_max, row_sum=row_sum, width=width)
+    else:  # in runs of so many, among which are a token's
+        x, routed_, row_max, row_sum = (
+            jnp.broadcast_to(a, tile).reshape(config.warps, -1, width) for a in (x, routed, row_max, row_sum)
+        )
+        weights = weigh(x, routed_, row_max=row_max, row_sum=row_sum).reshape(tile)
+    weights = rule.scale * weights
     if rule.n_shared:
         shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + token % rule.replicas
         ids = jnp.where(routed, ids, shared)
@@ -218,11 +256,12 @@ def _route_kernel(
     store(weights_ref.at[token, slot], weights, mask=written)
     store(experts_ref.at[token, slot], ids, mask=written)
 
-    if load_ref:  # cleared here for the launch that counts
-        ids_padded = next_power_of_2(rule.num_ids)
-        index = iota((ids_padded,), 0)
-        clear = (index < rule.num_ids) & (program == 0)
-        store(load_ref[0].at[index], jnp.zeros((ids_padded,), jnp.int32), mask=clear)
+    if load_ref:
+
+        @pl.when(program == 0)
+        def _() -> None:  # cleared for the launch that counts
+            index = iota((next_power_of_2(rule.num_ids),), 0)
+            store(load_ref[0].at[index], jnp.zeros_like(index), mask=index < rule.num_ids)
 
 
 def route(
@@ -246,7 +285,7 @@ def route(
     """
     num_tokens = logits.shape[0]
     if config is None:
-        config = config_for(num_tokens, rule.num_experts, target)
+        config = config_for(num_tokens, rule.num_experts, rule.num_slots, target)
     valid = None if isinstance(num_valid_tokens, int) else num_valid_tokens
     args = [logits, *([] if bias is None else [bias]), *([] if valid is None else [valid])]
     out = out or ()

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.launch import iota, next_power_of_2
+from kernels_pallas.launch import divmod_by, iota, next_power_of_2
 from kernels_pallas.score import EXCLUDED, INFINITY, decode, encode, float_bits, plus_zero
 
 MANY_GROUPS = 32
@@ -47,13 +47,19 @@ def _best_of_many(key: jax.Array, k: int) -> jax.Array:
     return (key > least) | (equal & (jnp.cumsum(equal.astype(jnp.int32), dtype=jnp.int32) <= room))
 
 
-def top_k(keys: Sequence[jax.Array], k: int, num_slots: int, places: Sequence[jax.Array] | None = None) -> jax.Array:
+def top_k(
+    keys: Sequence[jax.Array],
+    k: int,
+    num_slots: int,
+    places: Sequence[jax.Array] | None = None,
+    period: int | None = None,
+) -> jax.Array:
     """Places [num_slots] of the k largest keys in falling order, a tie to the lower one; then zeros.
 
     keys: [lanes] for each column. places: the same, distinct where a key is not EXCLUDED; by default, as for
-    `quick_top_k`, lane * next_power_of_2(columns) + column.
+    `quick_top_k`, lane * next_power_of_2(columns) + column. period: a power of two, after which it all comes again.
     """
-    slot = iota((num_slots,), 0)
+    slot = iota((num_slots,), 0) & ((period or num_slots) - 1)
     if places is None:
         width = next_power_of_2(len(keys))
         places = [iota(key.shape, 0) * width + c for c, key in enumerate(keys)]
@@ -69,14 +75,21 @@ def top_k(keys: Sequence[jax.Array], k: int, num_slots: int, places: Sequence[ja
     return jax.lax.fori_loop(0, k, step, (list(keys), jnp.zeros((num_slots,), jnp.int32)))[1]
 
 
-def in_order(place: jax.Array, key: jax.Array, k: int) -> jax.Array:
-    """The first k places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros."""
-    slot = iota(key.shape, 0)
+def in_order(place: jax.Array, key: jax.Array, k: int, period: int | None = None) -> jax.Array:
+    """The first k places [N], which are distinct, by falling key [N], a tie to the lower place; then zeros.
+
+    period: a power of two; every run of so many is one by itself.
+    """
+    index, period = iota(key.shape, 0), period or key.shape[0]
+    run, slot = divmod_by(index, period)
     if k > 16:
+        assert period == key.shape[0], f"runs of {period}, for more picks than half a warp"
         return top_k([jnp.where(slot < k, key, EXCLUDED)], k, key.shape[0], [place])
 
     def of(j: int, values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(slot == j, values, 0), dtype=jnp.int32)
+        starts = range(0, key.shape[0], period)
+        found = [jnp.sum(jnp.where(index == start + j, values, 0), dtype=jnp.int32) for start in starts]
+        return by_run(found, run)
 
     # Each place's rank by comparing it with all: more instructions than pick by pick, but none that waits for the last.
     rank, places = jnp.zeros_like(place), [of(j, place) for j in range(k)]
@@ -267,6 +280,13 @@ def _picks(columns: Sequence[jax.Array], count: int, end: int | None) -> tuple[l
         under = [*columns[1:], columns[-1] if end is None else jnp.full_like(columns[0], end)]
         columns = [jnp.where(at, u, c) for u, c in zip(under[:left], columns, strict=False)]
     return tops, owners
+
+
+def by_run(values: Sequence[jax.Array], run: jax.Array) -> jax.Array:
+    """values[r] where run is r."""
+    return functools.reduce(
+        lambda found, at: jnp.where(run == at[0], at[1], found), enumerate(values[1:], 1), values[0]
+    )
 
 
 def _by_slot(values: Sequence[jax.Array], slot: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def route(
         sizes.append(number)
     dtype, device = logits.dtype, logits.get_device()
     stride, rows, divisor, distance = laid(logits, num_tokens)
-    made_for = route_kernels.config_for(num_tokens, logits.shape[1], _platform())
+    made_for = route_kernels.config_for(num_tokens, logits.shape[1], weights.shape[1], _platform())
     kernel = _route(
         config,
         dtype,
@@ -166,7 +166,7 @@ def remember_route(
     tokens, width = logits.shape
     tensors = [logits, *([] if bias is None else [bias]), weights, experts]
     usual = 0 < tokens <= _MOST_TOKENS and logits.is_contiguous() and rows_for(tokens, width, logits.itemsize) == 1
-    made_for = route_kernels.config_for(tokens, width, _platform())
+    made_for = route_kernels.config_for(tokens, width, weights.shape[1], _platform())
     if not usual or not aligned(*(tensor.data_ptr() for tensor in tensors)):
         return
     known = _known.setdefault((config, logits.shape), [])

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import jaxmoe
+from kernels_pallas import route as route_kernels
+from kernels_pallas.launch import next_power_of_2
 from tests import cases
 from tests.cases import CASES, IDS
 from tests.check_dispatch import check_combine, check_dispatch
@@ -94,6 +96,32 @@ def test_route(case: cases.Case, layout: str) -> None:
     got = bridge.route(tensor(logits, layout), tensor(bias), config=case.config, out=out)
     assert got is out
     check_route(routing(got), logits, bias, case.config)
+
+
+def most_together(case: cases.Case) -> int:
+    """How many tokens' slots fit on the lanes of a warp, up to 16."""
+    return min(16, 32 // next_power_of_2(case.config.num_slots))
+
+
+@pytest.mark.parametrize(
+    ("case", "together"),
+    [
+        pytest.param(case, together, id=f"{name}, {together}")
+        for case, name in zip(CASES, IDS, strict=True)
+        for together in sorted({2, most_together(case)})
+        if together <= most_together(case)
+    ],
+)
+def test_tokens_that_share_a_warp(case: cases.Case, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are the same to the bit, whatever the rest of the warp has."""
+    config = route_kernels.Config(together, 1, 32)
+    logits, bias = case.inputs(1001)  # an odd number: the last warp has fewer
+    alone = bridge.route(tensor(logits[:333]), tensor(bias), config=case.config)
+    monkeypatch.setattr(route_kernels, "config_for", lambda *args: config)
+    got = bridge.route(tensor(logits), tensor(bias), config=case.config)
+    check_route(routing(got), logits, bias, case.config)
+    assert torch.equal(got.experts[:333], alone.experts)
+    assert torch.equal(got.weights[:333].view(torch.int32), alone.weights.view(torch.int32))
 
 
 @pytest.mark.parametrize("valid", [0, 1, 100, 129])

@@ -32,7 +32,9 @@ def random_experts(seed: int, tokens: int, slots: int, num_experts: int) -> jax.
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "kimi-k2", "kimi-k3", "qwen3-next"])
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3", "deepseek-v2", "kimi-k2", "kimi-k3", "qwen3-next", "qwen3-moe", "mixtral-8x7b"]
+)
 @pytest.mark.parametrize("tokens", [1, 64, 4096, 65536])
 def test_route_at_real_sizes(tokens: int, name: str, dtype: Any) -> None:
     config = presets[name]

@@ -70,7 +70,7 @@ def test_a_bias_past_the_scale_is_not_trusted(first: float) -> None:
     assert found.members_sure is not None
     assert bool(found.sure) == bool(found.members_sure) == (first < 2.0**16)
     if first == 0:
-        assert found.ids[:2].tolist() == [31, 30]
+        assert found.place[:2].tolist() == [31, 30]
 
 
 @pytest.mark.parametrize(("bias", "sure"), [(0.0, True), (256.0, True), (4096.0, False)])
@@ -83,7 +83,7 @@ def test_what_the_bias_rounds_away_is_not_trusted(bias: float, sure: bool) -> No
     assert bool(found.sure) == sure
     assert bool(found.members_sure), "which two it is remains sure"
     if sure:
-        assert found.ids[:2].tolist() == [9, 3]
+        assert found.place[:2].tolist() == [9, 3]
 
 
 def falling(key: np.ndarray) -> np.ndarray:
@@ -175,6 +175,6 @@ def test_picks_exist(scoring_func: str, has_bias: bool, value: float) -> None:
     options = {"layout": layout, "possible": possible, "spare": False, "slots": 32, "assembly": False}
     found = quick.quick_choice(xs, biases, first, rule=rule, **options)
     assert not found.sure
-    ids = np.asarray(found.ids)
+    ids = np.asarray(layout.expert(found.place))
     assert ids.min() >= 0
     assert ids.max() < 60

@@ -22,7 +22,7 @@ def normal(seed: int, *shape: int) -> jnp.ndarray:
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_route_however_many_tokens_a_program_takes(num_tokens: int, rows: int) -> None:
     """Full programs, and a last one that has fewer tokens; among them some that the quick search does not answer."""
-    config = route.config_for(num_tokens, 12, "cuda")
+    config = route.config_for(num_tokens, 12, 3, "cuda")
     logits, bias = normal(1, num_tokens, 12), normal(2, 12)
     logits = logits.at[num_tokens // 2].set(0.0).at[num_tokens // 3, 5].set(jnp.nan)
     run = lambda config: route.route(
@@ -33,6 +33,43 @@ def test_route_however_many_tokens_a_program_takes(num_tokens: int, rows: int) -
         np.testing.assert_array_equal(a, b, strict=True)
     assert set(np.asarray(got[1])[-1]) == {-1}
     assert np.asarray(got[1])[:-1].min(initial=0) >= 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "num_slots", "tokens", "warps"),
+    [
+        (512, 256, 8, 1, 1),
+        (513, 256, 8, 2, 2),
+        (16383, 256, 8, 2, 2),
+        (16384, 256, 8, 2, 1),
+        (10**6, 256, 8, 2, 1),
+        (10**6, 256, 16, 2, 1),
+        (10**6, 256, 17, 2, 2),  # their slots would not fit on the lanes
+        (12799, 160, 8, 2, 1),
+        (12800, 160, 8, 4, 1),
+        (10**6, 160, 8, 4, 1),
+        (10**6, 160, 9, 2, 1),  # nor these, of four tokens
+        (4096, 128, 8, 2, 1),
+        (8192, 128, 8, 4, 1),
+        (2048, 64, 6, 4, 1),
+        (10**6, 64, 4, 8, 1),
+        (513, 8, 2, 2, 2),
+        (4096, 8, 2, 8, 1),
+        (8192, 8, 2, 16, 1),
+        (10**6, 8, 1, 16, 1),
+        (16384, 384, 8, 2, 1),
+        (10**6, 513, 8, 1, 1),
+        (16383, 512, 10, 4, 4),
+        (16384, 512, 10, 2, 1),
+    ],
+)
+def test_tokens_of_a_program(num_tokens: int, num_experts: int, num_slots: int, tokens: int, warps: int) -> None:
+    """As measured on an H100; a warp of ROCm's takes one."""
+    config = route.config_for(num_tokens, num_experts, num_slots, "cuda")
+    assert (config.rows, config.warps, config.lanes) == (tokens, warps, 32)
+    assert config.together * config.slots(num_slots) == 32
+    elsewhere = route.config_for(num_tokens, num_experts, num_slots, "rocm")
+    assert (elsewhere.together, elsewhere.lanes) == (1, 64)
 
 
 @pytest.mark.parametrize("width", [64, 200, 513])
