@@ -1,8 +1,9 @@
 """Routing: biased grouped top-k, from logits to weights and expert ids in one launch.
 
-A warp handles a token, or two: nothing depends on how many there are. Many share programs, two or four of them, since a
-GPU begins programs (1.6 a nanosecond, an H100) more slowly than it routes. A token's experts lie on the lanes, and what
-is done for all of them is counted in instructions: that is what this kernel's time is made of. So scores are only good
+A warp handles a token, or several: no result depends on how many there are. Many share programs, since a GPU begins
+programs (1.6 a nanosecond, an H100) more slowly than it routes. A token's experts lie on the lanes, one token after
+another, and the picks of all tokens of a warp together. What is done for all experts is counted in instructions: that is
+what this kernel's time is made of. So scores are only good
 enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
 (`quick.quick_choice`). Where only the order of the chosen is in doubt, they alone are compared again, by scores to the
 last bits; otherwise, as with a NaN or an infinity, the token is done again by `_exact_choice`. Either way the order is
@@ -240,10 +241,11 @@ def _route_kernel(
     if config.together == 1:
         weights = weigh(x, routed, row_max=row_max, row_sum=row_sum, width=width)
     else:  # in runs of so many, among which are a token's
-        x, routed_, row_max, row_sum = (
-            jnp.broadcast_to(a, tile).reshape(config.warps, -1, width) for a in (x, routed, row_max, row_sum)
-        )
-        weights = weigh(x, routed_, row_max=row_max, row_sum=row_sum).reshape(tile)
+        # Were all slots known to count, LLVM would fuse a product with the sum: other bits than with a warp a token.
+        counts = routed & (token < num_tokens)
+        runs = (jnp.broadcast_to(a, tile).reshape(config.warps, -1, width) for a in (x, counts, row_max, row_sum))
+        x, counts, row_max, row_sum = runs
+        weights = weigh(x, counts, row_max=row_max, row_sum=row_sum).reshape(tile)
     weights = rule.scale * weights
     if rule.n_shared:
         shared = rule.num_experts + (slot - rule.top_k) * rule.replicas + token % rule.replicas

@@ -110,7 +110,7 @@ SHARED = [
             "NaN and infinite logits, not",  # what softmax needs of each token's row
         },
     )
-    for together in (2, 4, 8)
+    for together in (2, 4, 8, 16)
     if together * next_power_of_2(case.values[0].config.num_slots) <= 32  # else their slots do not fit on the lanes
 ]
 

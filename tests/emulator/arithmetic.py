@@ -203,16 +203,17 @@ def _funnel(op: str, mods: list[str], seed: int) -> Operation | None:
 
 
 def _extract(op: str, mods: list[str], seed: int) -> Operation | None:
-    """bfe: a run of bits, and what lies beyond the top is the sign for s32, zero for u32."""
+    """bfe: a run of bits, and what lies beyond the top is the sign for s32 and s64, zero for u32."""
     (kind,) = mods
-    if kind not in ("s32", "u32"):
+    if kind not in ("s32", "s64", "u32"):
         return None
+    bits = int(kind[1:])
 
     def function(a: Array, start: Array, length: Array) -> Array:
         start, length = (start & np.uint32(255)).astype(np.int64), (length & np.uint32(255)).astype(np.int64)
-        shifted = a.astype(np.int64) >> np.minimum(start, 32 if kind == "u32" else 31)
-        lost = np.int64(64) - np.minimum(length, 32)
-        if kind == "s32":
+        shifted = a.astype(np.int64) >> np.minimum(start, 32 if kind == "u32" else bits - 1)
+        lost = np.int64(64) - np.minimum(length, bits)
+        if kind != "u32":
             taken = (shifted << np.minimum(lost, 63)) >> np.minimum(lost, 63)
         else:
             taken = shifted & ((np.int64(1) << np.minimum(length, 32)) - 1)

@@ -83,6 +83,9 @@ ONE_THREAD: list[tuple[str, tuple[int, ...], int]] = [
     ("bfe.u32 %r5, %r1, 4, 8;", (0x12345678,), 0x67),
     ("bfe.s32 %r5, %r1, 28, 8;", (0x9ABCDEF0,), 0xFFFFFFF9),  # beyond the top is the sign
     ("bfe.s32 %r5, %r1, 0, 1;", (1,), 0xFFFFFFFF),
+    ("mov.b64 %rd5, {%r1, %r2}; bfe.s64 %rd5, %rd5, 28, 8; mov.b64 {%r5, _}, %rd5;", (0x10000000, 9), 0xFFFFFF91),
+    ("mov.b64 %rd5, {%r1, %r2}; bfe.s64 %rd5, %rd5, 60, 8; mov.b64 {_, %r5}, %rd5;", (0, 0x80000000), 0xFFFFFFFF),
+    ("mov.b64 %rd5, {%r1, %r2}; bfe.s64 %rd5, %rd5, 0, 64; mov.b64 {_, %r5}, %rd5;", (5, 0x12345678), 0x12345678),
     ("bfi.b32 %r5, %r1, %r2, 8, 4;", (0xF5, 0xFFFFFFFF), 0xFFFFF5FF),
     ("prmt.b32 %r5, %r1, %r2, 0x5410U;", (0x33221100, 0x77665544), 0x55441100),
     ("prmt.b32 %r5, %r1, %r2, 0xB0;", (0x80, 0xFF000000), 0x80800080 & 0xFFFF | 0x80800000),
