@@ -2,13 +2,13 @@
 
 A warp handles a token, or several: no result depends on how many there are. Many share programs, since a GPU begins
 programs (1.6 a nanosecond, an H100) more slowly than it routes. A token's experts lie on the lanes, one token after
-another, and the picks of all tokens of a warp together. What is done for all experts is counted in instructions: that is
-what this kernel's time is made of. So scores are only good
-enough to find the order of choices that are clearly apart, and the search that orders them says where they were not
-(`quick.quick_choice`). Where only the order of the chosen is in doubt, they alone are compared again, by scores to the
-last bits; otherwise, as with a NaN or an infinity, the token is done again by `_exact_choice`. Either way the order is
-that of scores to the last bits. `python -m benchmarks.instructions` says how often. The weights are computed from the
-chosen logits, loaded again by id: k of them instead of E.
+another, and the picks of all tokens of a warp together. What is done for all experts is counted in instructions: that
+is what this kernel's time is made of. So scores are only good enough to find the order of choices that are clearly
+apart, and the search that orders them says where they were not (`quick.quick_choice`). Where only the order of the
+chosen is in doubt, they alone are compared again, by scores to the last bits; otherwise, as with a NaN or an infinity,
+the token is done again by `_exact_choice`. Either way the order is that of scores to the last bits. `python -m
+benchmarks.instructions` says how often. The weights are computed from the chosen logits, loaded again by id: k of them
+instead of E.
 """
 
 from __future__ import annotations
