@@ -178,12 +178,26 @@ CASES = [
 
 # The interpreter unrolls k picks over E: one token of these.
 SLOW_INTERPRETED = {"E = 1024 and k = 32, the limits", "E = 512, k = 22: Nemotron-3-Super", "1024 groups of one"}
-# Interpreted where JAXMOE_EVERY_TARGET is set, as in CI; on XLA and on a GPU always. The first take longest, and of the
-# pairs of dtypes each one is read in others.
+# Interpreted where JAXMOE_EVERY_TARGET is set, as in CI; on XLA and on a GPU always. The first take longest; to the
+# others some case is near, and of the pairs of dtypes each one is read in others.
 INTERPRETED_IN_CI = SLOW_INTERPRETED | {
     "E = 896, k = 16, two shared: Kimi-K3",
     "E = 768",
     "E = 288, groups of 36: more than a warp",
+    "E = 512, k = 10: Qwen3-Next",
+    "E = 72, k = 6, groups of 9",
+    "softmax alone, renormalised: Qwen3-MoE",
+    "softmax with a bias: Ernie",
+    "sqrtsoftplus, not renormalised",
+    "the same in groups by maximum, negative",
+    "equal biases, as when training starts: logits in bfloat16 tie",
+    "scores that float32 can still hold, sqrtsoftplus",
+    "the same, not renormalised",
+    "and far below",
+    "biases that nearly cancel the scores",
+    "sqrtsoftplus: scores of 1e-19 and biases of their size",
+    "groups by sums of scores near 1e-19, some flushed to 0",
+    "NaN and infinite logits, softmax with bias",
     *(
         f"logits {logits}, bias {bias}: read as they are (FlashInfer #2909)"
         for logits in ("bfloat16", "float16", "float32")
