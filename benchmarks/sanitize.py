@@ -136,7 +136,7 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     yield "route, softmax", functools.partial(route, config=SOFTMAX, tokens=37)
     yield "route, a warp for each of two tokens", functools.partial(route, config=FEW, tokens=701)
     yield "route, four tokens a warp", functools.partial(route, config=GROUPED, tokens=8191, ties=True)
-    yield "route, sixteen tokens a warp", functools.partial(route, config=FEW, tokens=16390)
+    yield "route, eight tokens a warp", functools.partial(route, config=FEW, tokens=16390)
     for x, weight in ((BF16, BF16), (BF16, F32), (F32, F32)):
         for tokens in (1, 7, 37, 300):
             yield (

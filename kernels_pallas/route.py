@@ -52,7 +52,6 @@ class Config:
 
 
 FEW = 512  # tokens
-KEYS = 20  # on a lane, of more than two tokens together
 
 
 def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -> Config:
@@ -60,14 +59,16 @@ def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -
 
     Few tokens begin at once all the same, and do best without company: one that is not sure holds up the others. So it
     is where a token takes long. Of many, a warp takes some, so that fewer programs have to begin: they need not wait
-    for one another, and their picks share its lanes. Those that take little time do so from fewer tokens on.
+    for one another, and their picks share its lanes. Those that take little time do so from fewer tokens on. More than
+    eight would gain with 8 experts, but each brings a search of its own: some rules took 40 seconds to compile.
     """
     lanes = 64 if target == "rocm" else 32
     if num_tokens <= FEW or num_experts > 512:  # measured on an H100, as all of this
         return Config(1, 1, lanes)
     columns = pl.cdiv(num_experts, lanes)
     each = min(max(512, 128 * columns**2), 8192)
-    together = min(num_tokens // each, lanes // next_power_of_2(num_slots), max(2, KEYS // columns))
+    most = 8 if columns == 1 else 4 if columns <= 5 else 2
+    together = min(num_tokens // each, lanes // next_power_of_2(num_slots), most)
     if together > 1 and target == "cuda":
         return Config(1 << (together.bit_length() - 1), 1, lanes)
     rows = 2 if num_experts <= 384 else 4

@@ -118,7 +118,8 @@ def unscaled_weights(
 
     Renormalised weights are ratios, so a common factor is free to choose: each score is divided by the exponential part
     of the row's largest, which leaves nothing to underflow to 0/0 (eight logits of -100 give eight times 1/8) and needs
-    no epsilon. row_max, row_sum [..., 1] are softmax's over all experts; with `renormalize` only row_sum's NaN counts.
+    no epsilon. row_max, row_sum [..., 1 or K] are softmax's over all experts; with `renormalize` only row_sum's NaN
+    counts.
     """
     softmax = scoring_func == "softmax"
     exponent = jnp.maximum(x if softmax else jnp.minimum(x, 0.0), LOWEST)  # no inf - inf below

@@ -290,7 +290,7 @@ def by_run(values: Sequence[jax.Array], run: jax.Array) -> jax.Array:
 
 
 def _by_slot(values: Sequence[jax.Array], slot: jax.Array) -> jax.Array:
-    """values[s] where slot is s, chosen by the bits of s; any of them where slot is beyond."""
+    """values[s] where slot is s, chosen by the low bits of s: beyond them all they come again (tokens share a warp)."""
     values, bit = list(values), 1
     while len(values) > 1:
         pairs = itertools.zip_longest(values[::2], values[1::2], fillvalue=values[-1])

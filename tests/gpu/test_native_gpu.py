@@ -109,7 +109,7 @@ def most_together(case: cases.Case) -> int:
         pytest.param(case, together, id=f"{name}, {together}")
         for case, name in zip(CASES, IDS, strict=True)
         for together in sorted({2, most_together(case)})
-        if together <= most_together(case)
+        if 1 < together <= most_together(case)
     ],
 )
 def test_tokens_that_share_a_warp(case: cases.Case, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
