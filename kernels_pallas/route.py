@@ -135,7 +135,8 @@ def _choice(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(ids, their logits, row_max, row_sum): the experts of each [warps, slots], and what their weights need.
 
-    token, slot [warps, slots]: of a program and of a token. itemsizes: the bytes of a logit and of a bias.
+    token, slot [warps, slots]: of a program and of a token, each of which has a period of slots. itemsizes: the bytes
+    of a logit and of a bias.
     """
     warps, together = config.warps, config.together
     slots, period = slot.shape[1], slot.shape[1] // together
@@ -216,7 +217,7 @@ def _route_kernel(
         next(refs_in)
     weights_ref, experts_ref, *load_ref = refs_in
 
-    program, slots = pl.program_id(0), config.slots(rule.num_slots)
+    program, period = pl.program_id(0), config.slots(rule.num_slots)
     first = program * config.rows
 
     load_bias: Load | None = None
@@ -231,10 +232,10 @@ def _route_kernel(
         token = jnp.minimum(first + row, num_tokens - 1)  # those past the end read the last one, and write nothing
         return _load(logits_ref.at[jnp.broadcast_to(token, expert.shape), column + expert], mask)
 
-    tile = (config.warps, config.together * slots)
+    tile = (config.warps, config.together * period)
     row, slot = iota(tile, 0), iota(tile, 1)
     if config.together > 1:  # else left as it is: where Triton does not see slots next to one another, it moves them
-        which, slot = divmod_by(slot, slots)
+        which, slot = divmod_by(slot, period)
         row = row * config.together + which
     ids, x, row_max, row_sum = _choice(load_logits, load_bias, itemsizes, rule, config, row, slot, assembly)
     token, routed, width = first + row, slot < rule.top_k, next_power_of_2(rule.top_k)
