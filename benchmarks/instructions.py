@@ -3,8 +3,8 @@
     python -m benchmarks.instructions
 
 "quick" is the shortest path from the entry to the end, that of a token whose order is sure; "all" is the whole program,
-the exact search included (a loop in it counts once). With "many tokens" it is that of a warp, which takes two of 256
-experts and of 512, four of 160 and eight of 8. Needs triton, which brings the disassembler.
+the exact search included (a loop in it counts once). With "many tokens" it is that of a warp, which takes two of 512
+experts, four of 256 and of 160, and eight of 8. Needs triton, which brings the disassembler.
 
 Then, for random tokens, how many of them take which path: logits N(0, 1) in bfloat16; biases 0.1 N(0, 1), or all equal.
 """

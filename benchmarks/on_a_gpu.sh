@@ -28,7 +28,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 case $part in
 tests)
-    timeout 580 python3 -m pytest -q "${jobs[@]}" --maxfail=40 --durations=20 tests/gpu 2>&1 | tee "$out/tests.log" | tail -60
+    timeout -s INT 560 python3 -m pytest -q -rf "${jobs[@]}" --maxfail=40 --durations=20 tests/gpu 2>&1 | tee "$out/tests.log" | tail -60
     ;;
 sanitize)
     for tool in memcheck racecheck; do

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,14 @@ class Config:
         return max(next_power_of_2(num_slots), self.lanes // self.together)
 
 
-FEW = 512  # tokens
+FEW = 512  # tokens, that is, and so in what follows
+# Up to so many experts a lane: from how many tokens on how many of them share a warp. Measured on an H100 and an H200.
+SHARED = (
+    (1, ((4096, 8), (2048, 4))),
+    (5, ((2048, 4),)),
+    (12, ((32768, 4), (8192, 2))),
+    (16, ((8192, 2),)),
+)
 
 
 def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -> Config:
@@ -60,17 +67,16 @@ def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -
     Few tokens begin at once all the same, and do best without company: one that is not sure holds up the others. So it
     is where a token takes long. Of many, a warp takes some, so that fewer programs have to begin: they need not wait
     for one another, and their picks share its lanes. Those that take little time do so from fewer tokens on. More than
-    eight would gain with 8 experts, but each brings a search of its own: some rules took 40 seconds to compile.
+    eight would gain with 8 experts, but each takes its time to compile.
     """
     lanes = 64 if target == "rocm" else 32
-    if num_tokens <= FEW or num_experts > 512:  # measured on an H100, as all of this
+    if num_tokens <= FEW or num_experts > 512:
         return Config(1, 1, lanes)
-    columns = pl.cdiv(num_experts, lanes)
-    each = min(max(512, 128 * columns**2), 8192)
-    most = 8 if columns == 1 else 4 if columns <= 5 else 2
-    together = min(num_tokens // each, lanes // next_power_of_2(num_slots), most)
+    steps = next(steps for most, steps in SHARED if num_experts <= most * lanes)
+    together = next((together for tokens, together in steps if num_tokens >= tokens), 1)
+    together = min(together, lanes // next_power_of_2(num_slots))
     if together > 1 and target == "cuda":
-        return Config(1 << (together.bit_length() - 1), 1, lanes)
+        return Config(together, 1, lanes)
     rows = 2 if num_experts <= 384 else 4
     return Config(rows, rows, lanes)
 
@@ -119,6 +125,14 @@ def _exact_choice(
     return top_k(keys, rule.top_k, slots, period=period), row_sum
 
 
+def _of_each_warp(function: Callable[..., Any], *args: Any) -> Any:
+    """`jax.vmap`, but for one warp without its axis: Triton's passes would take nearly twice as long."""
+    if jax.tree.leaves(args)[0].shape[0] > 1:
+        return jax.vmap(function)(*args)
+    alone = jax.tree.map(lambda a: a.reshape(a.shape[1:]), args)
+    return jax.tree.map(lambda a: a.reshape(1, *a.shape), function(*alone))
+
+
 def _all(values: list[jax.Array]) -> jax.Array:
     return jnp.min(functools.reduce(operator.and_, values).astype(jnp.int32)) > 0
 
@@ -143,7 +157,7 @@ def _choice(
     spare = by_bits(rule, load_bias is not None, itemsizes[0])
     layout, possible = layout_for(rule, config.lanes, spare)
 
-    def load(which: int) -> list[jax.Array]:
+    def load(which: int | jax.Array) -> list[jax.Array]:
         """A token of every warp."""
         return layout.load(lambda row, *at: load_logits(row * together + which, *at), itemsizes[0], warps)
 
@@ -159,23 +173,49 @@ def _choice(
     if biases is not None and first is not None and on_scale(rule, True):
         biases = offsets(biases, first, assembly)
     search = functools.partial(
-        quick_choice, rule=rule, layout=layout, possible=possible, spare=spare, slots=slots, assembly=assembly
+        quick_choice,
+        first=first,
+        rule=rule,
+        layout=layout,
+        possible=possible,
+        spare=spare,
+        slots=slots,
+        assembly=assembly,
     )
-    found = [jax.vmap(search, in_axes=(0, 0, None))(x, biases, first) for x in xs]
+    found = [_of_each_warp(search, x, biases) for x in xs]
     row_max, row_sum = merged([f.row_max for f in found]), merged([f.row_sum for f in found])
 
     def at(ids: jax.Array, load: LoadRows) -> jax.Array:
         return load_flat(load, token, ids, slot < rule.top_k)
 
-    def exact() -> tuple[jax.Array, jax.Array, jax.Array]:
-        """From the beginning: nothing is kept for what is rare."""
-        choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots, period=period)
-        xs, biases = [load(t) for t in range(together)], load_biases()
-        done = [jax.vmap(choose)(x, biases, f.row_max, f.row_sum) for x, f in zip(xs, found, strict=True)]
-        ids, row_sum = layout.expert(merged([place for place, _ in done])), merged([total for _, total in done])
-        return ids, at(ids, load_logits), row_sum
+    sure = [f.sure for f in found if f.sure is not None]
+    members_sure = [f.members_sure for f in found if f.members_sure is not None]
 
-    if found[0].sure is None:
+    def exact_one(which: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(places, row_sum) of a token of every warp, from the beginning: nothing is kept for what is rare."""
+        row_max, row_sum = (by_run(of, which) for of in zip(*((f.row_max, f.row_sum) for f in found), strict=True))
+        choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots, period=period)
+        return _of_each_warp(choose, load(which), load_biases(), row_max, row_sum)
+
+    def exact() -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of the tokens that are not sure, one after another: a search for each would take long to compile."""
+
+        def step(which: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def put() -> tuple[jax.Array, ...]:
+                mine = token % together == which
+                return tuple(jnp.where(mine, new, old) for new, old in zip(exact_one(which), state, strict=True))
+
+            return jax.lax.cond(_all([by_run(sure, which)]), lambda: state, put) if sure else put()
+
+        if together == 1:
+            place, total = exact_one(0)
+        else:
+            state = merged([f.place for f in found]), jnp.broadcast_to(row_sum, slot.shape)
+            place, total = jax.lax.fori_loop(0, together, step, state)
+        ids = layout.expert(place)
+        return ids, at(ids, load_logits), total
+
+    if not sure:
         ids, x, row_sum = exact()
         return ids, x, row_max, row_sum
     ids = layout.expert(merged([f.place for f in found]))
@@ -184,11 +224,8 @@ def _choice(
     def again() -> tuple[jax.Array, jax.Array, jax.Array]:
         bias = None if load_bias is None else at(ids, lambda row, *args: load_bias(*args))
         key = _choices(x, bias, rule, row_max, row_sum)
-        ordered = jax.vmap(functools.partial(in_order, k=rule.top_k, period=period))(ids, key)
+        ordered = _of_each_warp(functools.partial(in_order, k=rule.top_k, period=period), ids, key)
         return ordered, at(ordered, load_logits), row_sum
-
-    sure = [f.sure for f in found if f.sure is not None]
-    members_sure = [f.members_sure for f in found if f.members_sure is not None]
 
     def otherwise() -> tuple[jax.Array, jax.Array, jax.Array]:
         return jax.lax.cond(_all(members_sure), again, exact) if members_sure else exact()

@@ -282,7 +282,7 @@ def _picks(columns: Sequence[jax.Array], count: int, end: int | None) -> tuple[l
     return tops, owners
 
 
-def by_run(values: Sequence[jax.Array], run: jax.Array) -> jax.Array:
+def by_run(values: Sequence[jax.Array], run: int | jax.Array) -> jax.Array:
     """values[r] where run is r."""
     return functools.reduce(
         lambda found, at: jnp.where(run == at[0], at[1], found), enumerate(values[1:], 1), values[0]

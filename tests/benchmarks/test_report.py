@@ -121,7 +121,8 @@ def test_results_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for file in files:
         data = record.load(file)
         assert all(r["run"] < len(data["runs"]) for r in data["results"])
-        text = make(data, tmp_path, monkeypatch)
+        drawn = file in (files[0], files[-1])  # a picture takes seconds
+        text = make(data, tmp_path, monkeypatch) if drawn else f"\n{report.table(data)}"
         for name in record.operations(data):
             assert (f"\n| {name} |" in text) == (name in report.SHOWN)
 
