@@ -51,8 +51,8 @@ class Config:
         return max(next_power_of_2(num_slots), self.lanes // self.together)
 
 
-FEW = 512  # tokens, that is, and so in what follows
-# Up to so many experts a lane: from how many tokens on how many of them share a warp. Measured on an H100 and an H200.
+FEW = 512  # tokens
+# (Experts a lane at most, (from so many tokens on, so many share a warp), ...): measured on an H100 and an H200.
 SHARED = (
     (1, ((4096, 8), (2048, 4))),
     (5, ((2048, 4),)),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,15 @@ INTERPRETED_IN_CI = SLOW_INTERPRETED | {
     "softmax with a bias: Ernie",
     "sqrtsoftplus, not renormalised",
     "the same in groups by maximum, negative",
+    "softmax in groups by top two, without a bias",
+    "groups by maximum, though there is a bias",
+    "all groups kept",
+    "sigmoid, not renormalised",
+    "two shared experts, three replicas each",
+    "large logits saturate",
+    "scores that underflow, sqrtsoftplus",
+    "NaN and infinite logits, softmax",
+    "E = 60",
     "equal biases, as when training starts: logits in bfloat16 tie",
     "scores that float32 can still hold, sqrtsoftplus",
     "the same, not renormalised",
@@ -206,4 +216,5 @@ INTERPRETED_IN_CI = SLOW_INTERPRETED | {
     ),
 }
 IDS = [case.why for case in CASES]
+EXAMPLES = 20 if "JAXMOE_EVERY_TARGET" in os.environ else 10  # that hypothesis draws: each is compiled
 assert set(IDS) >= INTERPRETED_IN_CI, INTERPRETED_IN_CI - set(IDS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import jaxmoe
 from kernels_pallas import plan_dispatch as kernels
+from tests.cases import EXAMPLES
 from tests.check_plan import PLAN_CASES, PLAN_IDS, PlanCase, check_plan
 
 I32 = jnp.int32
@@ -71,7 +72,9 @@ def test_however_the_pairs_are_cut(config: kernels.Config, align: int) -> None:
     check_plan(jaxmoe.DispatchPlan(*plan), experts, 69, align)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 20), st.integers(1, 5), st.integers(1, 12), st.sampled_from([1, 2, 3, 8]), st.integers(0, 2**31))
 def test_any_plan_against_the_oracle(
     implementation: str, count: int, slots: int, num_experts: int, align: int, seed: int

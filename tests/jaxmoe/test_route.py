@@ -219,7 +219,12 @@ def routings(draw: st.DrawFn) -> tuple[RoutingConfig, int, int, bool, str]:
     )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=cases.EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(routings())
 def test_any_config_against_the_oracle(implementation: str, problem: tuple[RoutingConfig, int, int, bool, str]) -> None:
     config, seed, tokens, with_bias, kind = problem

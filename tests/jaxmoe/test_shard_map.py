@@ -36,7 +36,7 @@ def run(implementation, check_vma):
 
 y, routing = jaxmoe.moe(x, params, CONFIG)
 grads = jax.grad(lambda p, x: jnp.sum(jaxmoe.moe(x, p, CONFIG)[0] * up), argnums=(0, 1))(params, x)
-for implementation, check_vma in ((None, True), ("xla", True), (None, False), ("interpret", False)):
+for implementation, check_vma in ((None, True), (None, False), ("interpret", False)):
     got_y, got_load, got_grads = run(implementation, check_vma)
     np.testing.assert_array_equal(got_load, routing.load)
     np.testing.assert_allclose(got_y, y, rtol=1e-5, atol=1e-5)
@@ -68,4 +68,4 @@ def test_shard_map() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees:") == 5
+    assert done.stdout.count("agrees:") == 4
