@@ -29,6 +29,7 @@ GROUPED = bridge.RoutingConfig(
 )
 SOFTMAX = bridge.RoutingConfig(num_experts=60, top_k=4, scoring_func="softmax", renormalize=False)
 FEW = bridge.RoutingConfig(num_experts=12, top_k=2)
+MANY = bridge.RoutingConfig(num_experts=200, top_k=4)
 WIDTH, INNER = 104, 40
 
 
@@ -135,6 +136,7 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     yield "route, count on the GPU", functools.partial(route, config=GROUPED, tokens=9, count="tensor")
     yield "route, softmax", functools.partial(route, config=SOFTMAX, tokens=37)
     yield "route, a warp for each of two tokens", functools.partial(route, config=FEW, tokens=701)
+    yield "route, two tokens a warp", functools.partial(route, config=MANY, tokens=8193, ties=True)
     yield "route, four tokens a warp", functools.partial(route, config=GROUPED, tokens=8191, ties=True)
     yield "route, eight tokens a warp", functools.partial(route, config=FEW, tokens=16390)
     for x, weight in ((BF16, BF16), (BF16, F32), (F32, F32)):

@@ -1,7 +1,7 @@
 """jaxmoe on PyTorch tensors, on CPU and GPU, without copies: the names and meanings of jaxmoe.
 
 Two paths, one meaning. On GPU tensors the Pallas kernels are launched natively, on torch's current stream, as torch ops
-(`torch.ops.jaxmoe`): they can be captured in CUDA graphs and compiled by torch.compile, and one compilation serves
+(`torch.ops.jaxmoe`): they can be captured in CUDA graphs and compiled by torch.compile, and few compilations serve
 every number of tokens. `implementation=None` takes this path there, "native" insists on it.
 
 Everywhere else, and where another implementation is asked for by name, a call goes through JAX's runtime: tensors as

@@ -262,7 +262,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _route("60/4, float16", _rule(60, 4), F16, F16),
     _route("1/1", _rule(1, 1), bias=None),
     _route("256/8, 8 groups, many tokens", _rule(256, 8, groups=(8, 4)), tokens=40960),
-    _route("512/10, softmax, no bias, many tokens", _rule(512, 10, "softmax"), bias=None, tokens=16384),
+    _route("512/10, softmax, no bias, many tokens", _rule(512, 10, "softmax", shared=1), bias=None, tokens=16384),
     _route("160/8, many tokens", _rule(160, 8), tokens=16384),
     _route("8/2, softmax, no bias, many tokens", _rule(8, 2, "softmax"), bias=None, tokens=8192),
     _route_grad("256/8", _GROUPED),

@@ -192,7 +192,7 @@ def _choice(
     members_sure = [f.members_sure for f in found if f.members_sure is not None]
 
     def exact_one(which: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(places, row_sum) of a token of every warp, from the beginning: nothing is kept for what is rare."""
+        """(places, row_sum) of a token of every warp, from the beginning: no logits are kept for what is rare."""
         row_max, row_sum = (by_run(of, which) for of in zip(*((f.row_max, f.row_sum) for f in found), strict=True))
         choose = functools.partial(_exact_choice, rule=rule, layout=layout, slots=slots, period=period)
         return _of_each_warp(choose, load(which), load_biases(), row_max, row_sum)
