@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe import RoutingConfig, presets
+from kernels_pallas.launch import next_power_of_2
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -63,6 +64,11 @@ class Case:
             bias = self.bias_values(experts) if self.bias_values else normal(2, experts, scale=0.2)
             bias = bias.astype(self.bias)
         return x.astype(self.dtype), bias
+
+    @property
+    def most_together(self) -> int:
+        """How many tokens' slots fit on the lanes of a warp of CUDA's, up to the eight that one takes at most."""
+        return min(8, 32 // next_power_of_2(self.config.num_slots))
 
 
 C = functools.partial(RoutingConfig)

@@ -23,7 +23,6 @@ from bridge.ops import weighted_experts
 from jaxmoe import DispatchPlan, Routing, RoutingConfig, layer, presets
 from kernels_pallas import plan_dispatch as plan_kernels
 from kernels_pallas import route as route_kernels
-from kernels_pallas.launch import next_power_of_2
 from tests import oracle
 from tests.cases import BF16, F16, F32, Case, coarse, normal, spoiled
 from tests.cases import CASES as ROUTES
@@ -113,7 +112,7 @@ SHARED = [
         },
     )
     for together in (2, 4, 8)
-    for most in [min(8, 32 // next_power_of_2(case.values[0].config.num_slots))]
+    for most in [case.values[0].most_together]
     if together == most or (together < most and (ALL or "JAXMOE_EVERY_TARGET" in os.environ))
 ]
 

@@ -13,7 +13,6 @@ import pytest
 
 import jaxmoe
 from kernels_pallas import route as route_kernels
-from kernels_pallas.launch import next_power_of_2
 from tests import cases
 from tests.cases import CASES, IDS
 from tests.check_dispatch import check_combine, check_dispatch
@@ -98,18 +97,13 @@ def test_route(case: cases.Case, layout: str) -> None:
     check_route(routing(got), logits, bias, case.config)
 
 
-def most_together(case: cases.Case) -> int:
-    """How many tokens' slots fit on the lanes of a warp, up to the eight that one takes at most."""
-    return min(8, 32 // next_power_of_2(case.config.num_slots))
-
-
 @pytest.mark.parametrize(
     ("case", "together"),
     [
         pytest.param(case, together, id=f"{name}, {together}")
         for case, name in zip(CASES, IDS, strict=True)
-        for together in sorted({2, most_together(case)})
-        if 1 < together <= most_together(case)
+        for together in sorted({2, case.most_together})
+        if 1 < together <= case.most_together
     ],
 )
 def test_tokens_that_share_a_warp(case: cases.Case, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
