@@ -230,7 +230,7 @@ def _time(entry: Any, operation: Any) -> dict[str, float]:
     if entry.runs:
         result = timing.time_wall(entry.call, entry.runs)
     else:
-        result = timing.time_graph(entry.call, calls=operation.calls)
+        result = timing.time_graph(entry.call, calls=operation.calls, pause=operation.pause)
     found = asdict(result)
     if operation.flops:
         found["tflops"] = operation.flops / result.p50 / 1e6

@@ -3,10 +3,10 @@
     python -m benchmarks.jax_layer [--output results.json]
 
 DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
-on the host's clock. Of forward passes several are queued and waited for together, so that what the host does for one is
-hidden behind the one before; those with gradients are waited for one by one, since behind one another they would hold
-several results of gigabytes at once, and what is measured then is how JAX's allocator grows. The torch layer is plain
-glue around `torch._grouped_mm`.
+on the host's clock. Several calls are queued and waited for together, so that what the host does for one is hidden
+behind the one before. In JAX each call with gradients is given those of the call before to write into (donated), as a
+training step does: else several results of gigabytes would be held at once, and what is measured then is how JAX's
+allocator grows. The torch layer is plain glue around `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 import jaxmoe
 from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
-QUEUED = 4  # forward passes
+QUEUED = 4
 
 
 def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
@@ -44,13 +44,16 @@ def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     )
 
 
-def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int, *, queued: int = 1) -> float:
-    """The median of `calls` times, after three that do not count; each the mean of as many calls as are queued."""
+def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
+    """The median of `calls` times, after three that do not count; each the mean of QUEUED calls."""
     times = []
     for _ in range(calls + 3):
         start = time.perf_counter()
-        wait([call() for _ in range(queued)])  # and what they returned is free again before the next
-        times.append((time.perf_counter() - start) / queued)
+        for _ in range(QUEUED):
+            result = call()
+        wait(result)  # the last: a GPU does one after the other
+        del result  # free again before the next
+        times.append((time.perf_counter() - start) / QUEUED)
     return statistics.median(times[3:]) * 1e3
 
 
@@ -59,19 +62,29 @@ def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool =
     params, x = _params(), jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
     forward = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation=implementation)[0])
 
-    @functools.partial(jax.grad, argnums=(0, 1))
     def loss(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array) -> jax.Array:
         router, gate_up, down = weights
         full = jaxmoe.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down)
         return jnp.sum(jaxmoe.moe(x, full, CONFIG, implementation=implementation)[0].astype(jnp.float32) ** 2)
 
-    both, weights = jax.jit(loss), (params.router, params.gate_up, params.down)
-    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls, queued=QUEUED)}
+    @functools.partial(jax.jit, donate_argnames="earlier", keep_unused=True)
+    def both(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array, earlier: Any) -> Any:
+        del earlier  # its memory becomes the results'
+        return jax.grad(loss, argnums=(0, 1))(x, weights, bias)
+
+    weights = (params.router, params.gate_up, params.down)
+    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls)}
     if forward_only:
         return times
-    step = lambda: both(x, weights, params.bias)
+    gradients = jax.tree.map(jnp.zeros_like, (x, weights))
+
+    def step() -> Any:
+        nonlocal gradients
+        gradients = both(x, weights, params.bias, gradients)
+        return gradients
+
     times["forward and backward"] = _milliseconds(step, jax.block_until_ready, calls)
-    memory: Any = both.lower(x, weights, params.bias).compile().memory_analysis()
+    memory: Any = both.lower(x, weights, params.bias, gradients).compile().memory_analysis()
     times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
     return times
 
@@ -99,7 +112,7 @@ def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
 
     timed = functools.partial(_milliseconds, wait=lambda _: torch.cuda.synchronize(), calls=calls)
     with torch.no_grad():
-        times, y = {"forward": timed(forward, queued=QUEUED)}, forward()
+        times, y = {"forward": timed(forward)}, forward()
     times["forward and backward"] = timed(both)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

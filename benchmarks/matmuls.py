@@ -19,6 +19,7 @@ TOKENS = 4096  # prefill
 CONFIG = RoutingConfig(num_experts=EXPERTS, top_k=TOP_K, n_group=8, topk_group=4, routed_scaling_factor=2.5)
 LAYER_TOKENS = (1, 64, 512, 4096, 16384)
 LIMIT = 1e-2  # of the relative error: bfloat16 results
+PAUSE = 0.1  # seconds after which an H200 was back at its highest clock
 
 Tensor = torch.Tensor
 
@@ -57,6 +58,8 @@ def experts(quick: bool) -> Iterator[Build]:
         yield functools.partial(_grouped_matmul, kind, num_rows)
     if not quick:
         yield functools.partial(_grouped_matmul, "even", TOKENS * TOP_K, transposed=False)
+        for kind in ("even", "uneven", "zipf"):
+            yield functools.partial(_grouped_matmul, kind, TOKENS * TOP_K, pause=PAUSE)
     for kind, num_rows in _cases(quick):
         yield functools.partial(_experts, kind, num_rows)
 
@@ -65,9 +68,9 @@ def _calls(num_rows: int) -> int:
     return 4 if num_rows > 4096 else 20
 
 
-def _grouped_matmul(kind: str, num_rows: int, *, transposed: bool = True) -> Iterator[Operation]:
+def _grouped_matmul(kind: str, num_rows: int, *, transposed: bool = True, pause: float = 0.0) -> Iterator[Operation]:
     """One grouped product, the weight as Hugging Face keeps it ([E, N, K]) or as it is read ([E, K, N])."""
-    depth, width, calls = WIDTH, 2 * INNER, _calls(num_rows)
+    depth, width, calls = WIDTH, 2 * INNER, 2 if pause else _calls(num_rows)
     weight = _weights(EXPERTS, width, depth).mT if transposed else _weights(EXPERTS, depth, width)
     sizes = shares(kind, num_rows, EXPERTS)
     offsets = sizes.cumsum(0, dtype=torch.int32)
@@ -81,13 +84,14 @@ def _grouped_matmul(kind: str, num_rows: int, *, transposed: bool = True) -> Ite
 
     used = int((sizes > 0).sum())
     yield Operation(
-        f"grouped matmul {kind}{'' if transposed else ', weight not transposed'}",
+        f"grouped matmul {kind}{'' if transposed else ', weight not transposed'}{', after a pause' if pause else ''}",
         num_rows // TOP_K,
         2 * (num_rows * (depth + width) + used * depth * width),
         entry(bridge.grouped_matmul, sizes),
         {"torch grouped_mm": entry(stated.grouped_mm, offsets)},
         flops=2 * num_rows * depth * width,
         calls=calls,
+        pause=pause,
     )
 
 

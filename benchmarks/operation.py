@@ -35,6 +35,7 @@ class Operation:
     missing: dict[str, str] = field(default_factory=dict)  # peers that are not timed, and why
     flops: int = 0
     calls: int = 20  # in a graph
+    pause: float = 0.0  # seconds before each replay of it, in which the card cools down
 
 
 Build = Callable[[], Iterable[Operation]]  # operations that share their inputs

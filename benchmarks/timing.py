@@ -25,11 +25,20 @@ def _percentiles(times: Sequence[float]) -> Timing:
 
 
 def time_graph(
-    call: Callable[[int], object], *, calls: int = 20, replays: int = 40, seconds: float = 0.3, warm: int = 3
+    call: Callable[[int], object],
+    *,
+    calls: int = 20,
+    replays: int = 40,
+    seconds: float = 0.3,
+    warm: int = 3,
+    pause: float = 0.0,
 ) -> Timing:
     """Times `call(i)` for i in 0..calls-1, captured in one CUDA graph that is replayed; i selects the input set.
 
     Where the replays would take more than `seconds` there are fewer, ten at least.
+
+    Replays follow one another at once. Large products then draw as much power as the card may, which lowers its clock;
+    with a pause before each replay, in seconds, it does not come to that (docs/performance.md, "Grouped matmul").
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -45,7 +54,11 @@ def time_graph(
             kept.append(call(i))
     one = min(_time(graph.replay) for _ in range(3))
     replays = max(10, min(replays, int(seconds * 1e6 / one)))
-    return _percentiles([_time(graph.replay) / calls for _ in range(replays)])
+    times = []
+    for _ in range(10 if pause else replays):
+        time.sleep(pause)
+        times.append(_time(graph.replay) / calls)
+    return _percentiles(times)
 
 
 def time_eager(call: Callable[[], object], *, repeats: int = 20, warm: int = 3) -> Timing:

@@ -29,7 +29,7 @@ class Config:
     rows: int  # of one tile
     columns: int  # of the result
     depth: int  # of one step along K
-    together: int  # tiles of rows that go through the columns side by side: they share weights in the L2 cache
+    together: int  # at most: tiles of an expert's rows that go through the columns side by side
     num_warps: int
     num_stages: int
     last_rows: int = 0  # of a group's last tile, where that is enough; 0: all tiles are of one size
@@ -63,9 +63,7 @@ def config_for(
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
     elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
-        # Many rows take hardly less time with low last tiles, or a little more (1024 each: 3 % more).
-        last_rows = 64 if num_rows <= 512 * num_experts else 0
-        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=last_rows)
+        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
     elif rows == 128:  # fewer registers, without Hopper's instructions: not measured
         config = Config(rows, 128, 64, 8, num_warps=4, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout
@@ -82,7 +80,23 @@ def grid_for(num_rows: int, num_experts: int, width: int, config: Config) -> tup
     """The programs of the launch: the most tiles of rows that there can be, times the tiles of columns."""
     groups = min(num_experts + 1, num_rows)  # that are not empty; rows behind the last group are one
     tiles = groups + (num_rows - groups) // config.rows  # n rows take at most 1 + (n - 1) / config.rows
-    return (pl.cdiv(tiles, config.together) * config.together * pl.cdiv(width, config.columns),)
+    return (tiles * pl.cdiv(width, config.columns),)
+
+
+def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple[Any, Any]:
+    """(tile of rows, tile of columns) of an expert's program, for `tiles` by `columns` of them.
+
+    Up to `together` tiles of rows go through the columns side by side, so that what lies in the L2 cache at one time is
+    those rows and one or two columns of weights, each read once. More tiles do so in parts, as even as can be: a last
+    part of one tile would read all the weights for itself. Programs that are too many get columns past the last.
+    """
+    parts = jax.lax.div(tiles + (together - 1), together)  # not //, which minds signs: 1 % of a product's time
+    height = jax.lax.div(tiles + (parts - 1), parts)
+    above = jax.lax.div(program, height * columns) * height
+    here = jnp.clip(tiles - above, 1, height)
+    within_part = program - above * columns
+    column = jax.lax.div(within_part, here)
+    return above + within_part - column * here, column
 
 
 def dot_add(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
@@ -107,21 +121,23 @@ def _kernel(
 ) -> None:
     slots_ref, (out_ref, *kept_ref) = (refs[0], refs[1:]) if num_slots else (None, refs)
     m, n, k = config.rows, config.columns, config.depth
-    turn = config.together * pl.cdiv(width, n)  # tiles of rows take turns at one tile of columns, then at the next
-    program = pl.program_id(0)
-    tile = program // turn * config.together + program % config.together
-    column = program % turn // config.together * n
+    columns, program = pl.cdiv(width, n), pl.program_id(0)
 
     expert = iota((next_power_of_2(num_experts),), 0)
     sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
     tiles = (sizes + (m - 1)) // m
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
-    mine = count((jnp.cumsum(tiles, axis=0, dtype=jnp.int32) <= tile).astype(jnp.int32))
+    mine = count((jnp.cumsum(tiles, axis=0, dtype=jnp.int32) * columns <= program).astype(jnp.int32))
     has_expert = mine < num_experts
     first = count(jnp.where(expert < mine, sizes, 0))
-    row = first + (tile - count(jnp.where(expert < mine, tiles, 0))) * m
     end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), num_rows)
     end = jnp.minimum(end, num_rows)  # whatever the sizes say
+
+    mine_tiles = (end - first + (m - 1)) // m
+    within_expert = program - count(jnp.where(expert < mine, tiles, 0)) * columns
+    tile, column = taking_turns(within_expert, jnp.maximum(mine_tiles, 1), columns, config.together)
+    row = jnp.where(column < columns, first + tile * m, end)  # none for a program that is too many
+    column = column * n
 
     weight_of = jnp.minimum(mine, num_experts - 1)
 

@@ -102,7 +102,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     monkeypatch.setattr(bench, "KINDS", {"stub": (__name__, "kind"), "host": (__name__, "alone")})
     modules = {__name__: type("Module", (), {"kind": stub.kind, "alone": lambda: {"a call": 7.5}})}
     monkeypatch.setattr(bench.importlib, "import_module", modules.__getitem__)
-    monkeypatch.setattr(timing, "time_graph", lambda call, calls: timing.Timing(1.0, 2.0, 3.0))
+    monkeypatch.setattr(timing, "time_graph", lambda call, calls, pause: timing.Timing(1.0, 2.0, 3.0))
     monkeypatch.setattr(timing, "time_wall", lambda call, runs: timing.Timing(10.0, 20.0, 30.0 * runs))
     return stub
 

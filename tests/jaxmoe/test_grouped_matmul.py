@@ -218,7 +218,7 @@ def test_sizes_past_the_rows_reach_no_other_memory(sizes: tuple[int, ...]) -> No
 @pytest.mark.parametrize(("num_rows", "num_experts"), [(1, 1), (1, 7), (5, 3), (64, 3), (65, 3), (300, 1), (97, 40)])
 def test_grid_holds_every_tile(num_rows: int, num_experts: int) -> None:
     """However the rows fall into groups, those behind the last one too; and no more programs than that can take."""
-    config = dataclasses.replace(SMALL, together=1)
+    config = SMALL
     tiles = lambda sizes: int(np.sum(-(-np.asarray(sizes) // config.rows)))
     (programs,) = kernels.grid_for(num_rows, num_experts, config.columns, config)
     rng = np.random.default_rng(0)
@@ -228,7 +228,23 @@ def test_grid_holds_every_tile(num_rows: int, num_experts: int) -> None:
     groups = min(num_experts + 1, num_rows)
     assert tiles([num_rows - groups + 1] + [1] * (groups - 1)) == programs
     assert kernels.grid_for(num_rows, num_experts, config.columns + 1, config) == (2 * programs,)
-    assert kernels.grid_for(num_rows, num_experts, 1, SMALL) == (-(-programs // 4) * 4,)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "together", "heights"), [(1, 8, [1]), (8, 8, [8]), (9, 8, [5, 4]), (25, 8, [7, 7, 7, 4])]
+)
+def test_taking_turns(tiles: int, together: int, heights: list[int]) -> None:
+    """Each tile once; side by side are as many tiles of rows as said, of one column; what is too many is past the columns."""
+    columns = 3
+    order = [
+        (row, column)
+        for part in np.split(np.arange(tiles), np.cumsum(heights)[:-1])
+        for column in range(columns)
+        for row in part
+    ]
+    got = [kernels.taking_turns(program, tiles, columns, together) for program in range(tiles * columns + 50)]
+    assert [(int(row), int(column)) for row, column in got[: tiles * columns]] == order
+    assert all(row >= tiles or column >= columns for row, column in got[tiles * columns :])
 
 
 X, W, SIZES = normal(0, 5, 4), normal(1, 2, 4, 3), jnp.array([2, 3], I32)
