@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas.activation import ACTIVATIONS
@@ -64,8 +65,8 @@ def config_for(
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
     elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
         config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
-    elif rows == 128:  # fewer registers, without Hopper's instructions: not measured
-        config = Config(rows, 128, 64, 8, num_warps=4, num_stages=3)
+    elif rows == 128:  # smaller, without Hopper's instructions, which take operands from memory: not measured
+        config = Config(rows, 128, 64, 8, num_warps=8, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout
         config = Config(rows, 128, 128, 8, num_warps=4, num_stages=3)
     columns = config.columns // 2 if gated else config.columns
@@ -90,7 +91,9 @@ def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple
     those rows and one or two columns of weights, each read once. More tiles do so in parts, as even as can be: a last
     part of one tile would read all the weights for itself. Programs that are too many get columns past the last.
     """
-    parts = jax.lax.div(tiles + (together - 1), together)  # not //, which minds signs: 1 % of a product's time
+    parts = jax.lax.div(
+        tiles + (together - 1), np.int32(together)
+    )  # not //, which minds signs: 1 % of a product's time
     height = jax.lax.div(tiles + (parts - 1), parts)
     above = jax.lax.div(program, height * columns) * height
     here = jnp.clip(tiles - above, 1, height)
@@ -121,6 +124,7 @@ def _kernel(
 ) -> None:
     slots_ref, (out_ref, *kept_ref) = (refs[0], refs[1:]) if num_slots else (None, refs)
     m, n, k = config.rows, config.columns, config.depth
+    parts = 1 if activation is None else 2  # gate and up
     columns, program = pl.cdiv(width, n), pl.program_id(0)
 
     expert = iota((next_power_of_2(num_experts),), 0)
@@ -150,24 +154,24 @@ def _kernel(
             slot = load(slots_ref.at[at], mask=at < end, other=-1)
             a_row = jnp.broadcast_to(jnp.maximum(slot, 0) // num_slots, (m, k))
             held = jnp.broadcast_to(slot >= 0, (m, k))
-        b_column = column + iota((k, n), 1)
+        # Gate and up are one tile of weights, side by side, so that a tensor core reads the rows once for both.
+        wide = n * parts
+        at = iota((k, wide), 1)
+        b_column = column + at % n
+        b_part = at // n * width
 
-        def step(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            a_depth, b_depth = i * k + iota((m, k), 1), i * k + iota((k, n), 0)
+        def step(i: jax.Array, total: jax.Array) -> jax.Array:
+            a_depth, b_depth = i * k + iota((m, k), 1), i * k + iota((k, wide), 0)
             a_mask = within((a_depth, depth, k))
             a_mask = held if a_mask is None else a_mask if held is None else a_mask & held
             a = load_masked(rows_ref.at[a_row, a_depth], a_mask)
             mask = within((b_depth, depth, k), (b_column, width, n))
+            where = (b_part + b_column, b_depth) if transposed else (b_depth, b_part + b_column)
+            return dot_add(a, load_masked(weight_ref.at[weight_of, *where], mask), total)
 
-            def add(part: int, total: jax.Array) -> jax.Array:
-                at = (part * width + b_column, b_depth) if transposed else (b_depth, part * width + b_column)
-                return dot_add(a, load_masked(weight_ref.at[weight_of, *at], mask), total)
-
-            return tuple(add(part, total) for part, total in enumerate(totals))
-
-        zeros = (jnp.zeros((m, n), jnp.float32),) * (1 if activation is None else 2)  # the gate's and up's
         steps = has_expert.astype(jnp.int32) * pl.cdiv(depth, k)
-        totals = jax.lax.fori_loop(0, steps, step, zeros)
+        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((m, wide), jnp.float32))
+        totals = [total] if parts == 1 else jnp.split(total, 2, axis=1)
 
         out_row, out_column = row + iota((m, n), 0), column + iota((m, n), 1)
         inside = within((out_column, width, n))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -234,7 +233,7 @@ def test_grid_holds_every_tile(num_rows: int, num_experts: int) -> None:
     ("tiles", "together", "heights"), [(1, 8, [1]), (8, 8, [8]), (9, 8, [5, 4]), (25, 8, [7, 7, 7, 4])]
 )
 def test_taking_turns(tiles: int, together: int, heights: list[int]) -> None:
-    """Each tile once; side by side are as many tiles of rows as said, of one column; what is too many is past the columns."""
+    """Each tile once, as many tiles of rows side by side as said; programs that are too many are past the columns."""
     columns = 3
     order = [
         (row, column)
@@ -242,7 +241,10 @@ def test_taking_turns(tiles: int, together: int, heights: list[int]) -> None:
         for column in range(columns)
         for row in part
     ]
-    got = [kernels.taking_turns(program, tiles, columns, together) for program in range(tiles * columns + 50)]
+    got = [
+        kernels.taking_turns(np.int32(program), np.int32(tiles), columns, together)
+        for program in range(tiles * columns + 50)
+    ]
     assert [(int(row), int(column)) for row, column in got[: tiles * columns]] == order
     assert all(row >= tiles or column >= columns for row, column in got[tiles * columns :])
 
