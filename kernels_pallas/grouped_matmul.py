@@ -93,7 +93,7 @@ def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple
     """
     parts = jax.lax.div(
         tiles + (together - 1), np.int32(together)
-    )  # not //, which minds signs: 1 % of a product's time
+    )  # not //, which minds signs
     height = jax.lax.div(tiles + (parts - 1), parts)
     above = jax.lax.div(program, height * columns) * height
     here = jnp.clip(tiles - above, 1, height)
