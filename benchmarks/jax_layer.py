@@ -4,9 +4,9 @@
 
 DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
 on the host's clock. Several calls are queued and waited for together, so that what the host does for one is hidden
-behind the one before. In JAX each call with gradients is given those of the call before to write into (donated), as a
-training step does: else several results of gigabytes would be held at once, and what is measured then is how JAX's
-allocator grows. The torch layer is plain glue around `torch._grouped_mm`.
+behind the one before. In JAX each call with gradients is given those of the call before to write into (donated): else
+several results of gigabytes would be held at once, and what is measured then is how JAX's allocator grows. The torch
+layer is plain glue around `torch._grouped_mm`.
 """
 
 from __future__ import annotations

@@ -89,11 +89,10 @@ def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple
 
     Up to `together` tiles of rows go through the columns side by side, so that what lies in the L2 cache at one time is
     those rows and one or two columns of weights, each read once. More tiles do so in parts, as even as can be: a last
-    part of one tile would read all the weights for itself. Programs that are too many get columns past the last.
+    part of one tile would read all the weights for itself. Programs that are too many get
+    tiles past the last of either.
     """
-    parts = jax.lax.div(
-        tiles + (together - 1), np.int32(together)
-    )  # not //, which minds signs
+    parts = jax.lax.div(tiles + (together - 1), np.int32(together))  # not //, which minds signs
     height = jax.lax.div(tiles + (parts - 1), parts)
     above = jax.lax.div(program, height * columns) * height
     here = jnp.clip(tiles - above, 1, height)
@@ -128,10 +127,12 @@ def _kernel(
     columns, program = pl.cdiv(width, n), pl.program_id(0)
 
     expert = iota((next_power_of_2(num_experts),), 0)
-    sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
+    # No more than there are: of sizes whose sum is too large no number here may wrap.
+    sizes = jnp.minimum(load(sizes_ref.at[expert], mask=expert < num_experts, other=0), num_rows)
     tiles = (sizes + (m - 1)) // m
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
-    mine = count((jnp.cumsum(tiles, axis=0, dtype=jnp.int32) * columns <= program).astype(jnp.int32))
+    before = jnp.cumsum(tiles, axis=0, dtype=jnp.int32) <= jax.lax.div(program, np.int32(columns))
+    mine = count(before.astype(jnp.int32))
     has_expert = mine < num_experts
     first = count(jnp.where(expert < mine, sizes, 0))
     end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), num_rows)

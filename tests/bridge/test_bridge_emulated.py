@@ -418,6 +418,25 @@ def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emu
     oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
 
 
+@pytest.mark.parametrize("last", [140, 2**30], ids=["", "more rows than there are"])
+def test_products_in_parts(last: int, emulator: Emulator) -> None:
+    """More tiles of an expert's rows than take turns together, in whole tiles of columns; programs that are too many.
+
+    Of those, one that took itself for another column would write into the rows that follow.
+    """
+    counts = np.array([140, 0, 1, *[0] * 60, last], np.int32)  # tiles of 16 rows: 9 in parts of 5 and 4, none, 1, 9
+    owner = np.repeat([0, 2, 63], [140, 1, 140])
+    rows, weight = normal(0, len(owner), 16, dtype=BF16), normal(1, 64, 16, 256, dtype=BF16, scale=0.2)
+    held, laid, sizes = emulator.put(rows), emulator.put(weight), emulator.put(counts)
+    out, hidden = (emulator.empty(len(owner), width, dtype=torch.bfloat16) for width in (256, 128))
+    experts.grouped_matmul(held, laid, sizes, out)
+    experts.gated_matmul(held, laid, sizes, "silu", hidden)
+    want = np.einsum("rk,rkn->rn", np.asarray(rows, np.float64), np.asarray(weight, np.float64)[owner])
+    oracle.same(array(out), want, **rounding(BF16))
+    gate, up = np.split(want, 2, axis=1)
+    oracle.same(array(hidden), gate / (1 + np.exp(-gate)) * up, **rounding(BF16))
+
+
 @pytest.mark.parametrize(
     "how", [{}, {"extra": 8}, {"extra": 3}, {"offset": 1}], ids=["", "strided", "odd stride", "shifted"]
 )

@@ -205,10 +205,13 @@ def test_a_tile_writes_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.isnan(got[3:]).all()
 
 
-@pytest.mark.parametrize("sizes", [(9, 3), (0, 40), (40, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 3), (0, 40), (40, 0), (2**30, 0), (2**31 - 1, 1)], ids=str)
 def test_sizes_past_the_rows_reach_no_other_memory(sizes: tuple[int, ...]) -> None:
-    """No promise of what comes out of the rows that are too many: only that those there are right."""
-    rows, weight, _ = Case("", (5, 0), 5).inputs(F32, False)
+    """No promise of what comes out of the rows that are too many: only that those there are right.
+
+    With 32 tiles of columns, by which 2**26 tiles of rows would make a number that wraps.
+    """
+    rows, weight, _ = Case("", (5, 0), 5, width=512).inputs(F32, False)
     group_sizes = jnp.array(sizes, I32)
     got = kernels.grouped_matmul(rows, weight, group_sizes, config=SMALL, interpret=True)
     close(got, product(rows, weight, [min(5, sizes[0]), 5 - min(5, sizes[0])]), F32)
@@ -233,7 +236,7 @@ def test_grid_holds_every_tile(num_rows: int, num_experts: int) -> None:
     ("tiles", "together", "heights"), [(1, 8, [1]), (8, 8, [8]), (9, 8, [5, 4]), (25, 8, [7, 7, 7, 4])]
 )
 def test_taking_turns(tiles: int, together: int, heights: list[int]) -> None:
-    """Each tile once, as many tiles of rows side by side as said; programs that are too many are past the columns."""
+    """Each tile once, as many tiles of rows side by side as said; programs that are too many are past all of them."""
     columns = 3
     order = [
         (row, column)
