@@ -150,6 +150,20 @@ def test_gradients(
         oracle.same(got, want, rtol=rounding(dtype)["rtol"], atol=rounding(dtype)["atol"] * scale)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_under_x64(transposed: bool, implementation: str) -> None:
+    """64-bit mode widens neither an index nor a sum, the gradients' included."""
+    with jax.enable_x64(True):
+        args = inputs(SIZES[0], F32, transposed)
+        up = normal(3, *args[0].shape)
+        options = {"activation": "silu", "transposed": transposed, "implementation": implementation}
+        out, *got = with_gradients(args, up, **options)
+    assert {a.dtype for a in (out, *got)} == {jnp.dtype(F32)}
+    oracle.same(out, exact(*args, "silu", transposed), **rounding(F32))
+    for a, b in zip(got, exact_gradients(args, up, "silu", transposed), strict=True):
+        oracle.same(a, b, **rounding(F32))
+
+
 def test_checkpoint(implementation: str) -> None:
     args, up = inputs(SIZES[0]), normal(3, 9, 10)
     options = {"activation": "silu", "transposed": False, "implementation": implementation}
