@@ -63,7 +63,7 @@ def config_for(
         config = Config(min(rows, 64), 64, 32, 8, num_warps=4, num_stages=2)
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
-    elif rows == 128 and room >= HOPPER:  # measured on an H100: benchmarks/matmul_tiles.py
+    elif rows == 128 and room >= HOPPER:  # measured on an H100, low last tiles on H200s
         config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
     elif rows == 128:  # smaller, without Hopper's instructions, which take operands from memory: not measured
         config = Config(rows, 128, 64, 8, num_warps=8, num_stages=3)
@@ -89,8 +89,8 @@ def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple
 
     Up to `together` tiles of rows go through the columns side by side, so that what lies in the L2 cache at one time is
     those rows and one or two columns of weights, each read once. More tiles do so in parts, as even as can be: a last
-    part of one tile would read all the weights for itself. Programs that are too many get
-    tiles past the last of either.
+    part of one tile would read all the weights for itself. Programs that are too many get tiles past the last row or
+    column of them.
     """
     parts = jax.lax.div(tiles + (together - 1), np.int32(together))  # not //, which minds signs
     height = jax.lax.div(tiles + (parts - 1), parts)
