@@ -35,11 +35,10 @@ def time_graph(
 ) -> Timing:
     """Times `call(i)` for i in 0..calls-1, captured in one CUDA graph that is replayed; i selects the input set.
 
-    Where the replays would take more than `seconds` there are fewer, ten at least.
+    Where the replays, with their pauses, would take more than `seconds` there are fewer, ten at least.
 
     Replays follow one another at once. Large products then draw as much power as the card may, which lowers its clock;
-    with a pause before each replay, in seconds, it does not come to that (docs/performance.md, "Grouped matmul"). There
-    are ten replays then.
+    with a pause before each replay, in seconds, it does not come to that (docs/performance.md, "Grouped matmul").
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -53,10 +52,9 @@ def time_graph(
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # XLA has threads of its own
         for i in range(calls):
             kept.append(call(i))
-    one = min(_time(graph.replay) for _ in range(3))
-    replays = max(10, min(replays, int(seconds * 1e6 / one)))
+    one = min(_time(graph.replay) for _ in range(3)) + pause * 1e6
     times = []
-    for _ in range(10 if pause else replays):
+    for _ in range(max(10, min(replays, int(seconds * 1e6 / one)))):
         time.sleep(pause)
         times.append(_time(graph.replay) / calls)
     return _percentiles(times)

@@ -107,6 +107,14 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     return stub
 
 
+def test_how_an_operation_is_timed(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it says: how often in a graph, and after which pause."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(timing, "time_graph", lambda call, **how: asked.append(how) or timing.Timing(1.0, 2.0, 3.0))
+    bench.timed(Operation("", 1, 1, stub.entry(stub.right), calls=2, pause=0.5), MACHINE)
+    assert asked == [{"calls": 2, "pause": 0.5}]
+
+
 def test_run(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong result has no time; a peer that fails, or leaves what another wrote, is missing, with the reason."""
     data, saved = record.start(MACHINE), []

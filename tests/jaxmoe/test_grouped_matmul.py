@@ -220,16 +220,15 @@ def test_sizes_past_the_rows_reach_no_other_memory(sizes: tuple[int, ...]) -> No
 @pytest.mark.parametrize(("num_rows", "num_experts"), [(1, 1), (1, 7), (5, 3), (64, 3), (65, 3), (300, 1), (97, 40)])
 def test_grid_holds_every_tile(num_rows: int, num_experts: int) -> None:
     """However the rows fall into groups, those behind the last one too; and no more programs than that can take."""
-    config = SMALL
-    tiles = lambda sizes: int(np.sum(-(-np.asarray(sizes) // config.rows)))
-    (programs,) = kernels.grid_for(num_rows, num_experts, config.columns, config)
+    tiles = lambda sizes: int(np.sum(-(-np.asarray(sizes) // SMALL.rows)))
+    (programs,) = kernels.grid_for(num_rows, num_experts, SMALL.columns, SMALL)
     rng = np.random.default_rng(0)
     for _ in range(100):
         ends = np.sort(rng.integers(0, num_rows + 1, num_experts))
         assert tiles(np.diff(ends, prepend=0, append=num_rows)) <= programs
     groups = min(num_experts + 1, num_rows)
     assert tiles([num_rows - groups + 1] + [1] * (groups - 1)) == programs
-    assert kernels.grid_for(num_rows, num_experts, config.columns + 1, config) == (2 * programs,)
+    assert kernels.grid_for(num_rows, num_experts, SMALL.columns + 1, SMALL) == (2 * programs,)
 
 
 @pytest.mark.parametrize(
