@@ -25,14 +25,18 @@ class Config:
     num_stages: int
 
 
-def config_for(left: int, right: int, dtype: Any, target: str) -> Config:
-    """Which tile to use for these widths on this target ("cuda" or "rocm")."""
+def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: Any, target: str) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     if dtype == jnp.float32:  # without tensor cores
         config = Config(64, 64, 16, 8, num_warps=4, num_stages=2)
     elif (left | right) % 8:  # lines that do not begin at 16 bytes are loaded element by element
         config = Config(64, 64, 32, 8, num_warps=4, num_stages=2)
     elif target == "rocm":
         config = Config(128, 128, 64, 8, num_warps=8, num_stages=2)
+    elif num_rows <= 256 * num_experts:
+        # Few steps a tile: finding the rows, the first loads and the store take as long. So programs are small enough
+        # for three on a multiprocessor, where one waits while another multiplies. Measured on an H200.
+        config = Config(128, 128, 32, 4, num_warps=4, num_stages=3)
     else:
         config = Config(128, 256, 64, 8, num_warps=8, num_stages=3)
     return dataclasses.replace(
@@ -106,7 +110,7 @@ def grouped_outer(
     """
     num_rows, left = a.shape
     right, num_experts = b.shape[1], group_sizes.shape[0]
-    config = config or config_for(left, right, a.dtype, target)
+    config = config or config_for(num_rows, num_experts, left, right, a.dtype, target)
     return launch(
         functools.partial(_kernel, config=config, num_experts=num_experts, left=left, right=right),
         a,

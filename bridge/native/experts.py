@@ -191,7 +191,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, o
     if 0 in (num_rows, left, right):
         out.zero_()
         return
-    config = grad_kernels.config_for(left, right, JAX_DTYPES[a.dtype], _platform())
+    config = grad_kernels.config_for(num_rows, num_experts, left, right, JAX_DTYPES[a.dtype], _platform())
     ins, into = [tensor.data_ptr() for tensor in (a, b, group_sizes)], out.data_ptr()
     rows = rows_for(num_rows, max(left, right), a.itemsize)
     kernel = _outer(a.dtype, num_experts, left, right, rows, config, aligned(*ins, into), a.get_device())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import combine, dispatch, route
+from kernels_pallas import combine, dispatch, grouped_matmul_grad, route
 from kernels_pallas.rule import Rule
 
 RULE = Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
@@ -108,3 +108,13 @@ def test_what_rows_about_as_large_as_the_cache_change(tokens: int, one_warp: boo
     assert combine.config_for(tokens, 8, 7168, jnp.bfloat16, "cuda").once == once
     assert dispatch.config_for(8 * tokens, 7168, jnp.bfloat16, "rocm").num_warps == 4
     assert not combine.config_for(tokens, 8, 7168, jnp.bfloat16, "rocm").once
+
+
+@pytest.mark.parametrize(("num_rows", "few"), [(1, True), (8192, True), (8193, False), (32768, False)])
+def test_tiles_of_weight_gradients(num_rows: int, few: bool) -> None:
+    """256 rows an expert and fewer take small programs, as measured on an H200, and there alone."""
+    config = grouped_matmul_grad.config_for(num_rows, 32, 7168, 4096, jnp.bfloat16, "cuda")
+    sides = (config.left, config.right, config.rows, config.num_warps)
+    assert sides == ((128, 128, 32, 4) if few else (128, 256, 64, 8))
+    one = grouped_matmul_grad.config_for(1, 32, 7168, 4096, jnp.bfloat16, "rocm")
+    assert one == grouped_matmul_grad.config_for(32768, 32, 7168, 4096, jnp.bfloat16, "rocm")
