@@ -4,9 +4,10 @@
 
 DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
 on the host's clock. Several calls are queued and waited for together, so that what the host does for one is hidden
-behind the one before. In JAX each call with gradients is given those of the call before to write into (donated): else
-several results of gigabytes would be held at once, and what is measured then is how JAX's allocator grows. The torch
-layer is plain glue around `torch._grouped_mm`.
+behind the one before: as many as take 50 milliseconds, since waiting and beginning anew leave the GPU idle for up to
+one. In JAX each call with gradients is given those of the call before to write into (donated): else several results of
+gigabytes would be held at once, and what is measured then is how JAX's allocator grows. The torch layer is plain glue
+around `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import torch
 import jaxmoe
 from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
-QUEUED = 4
+ROUND = 0.05  # seconds of work that are queued at once, four calls at least
 
 
 def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
@@ -44,21 +47,36 @@ def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     )
 
 
-def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
-    """The median of `calls` times, after three that do not count; each the mean of QUEUED calls."""
-    times = []
-    for _ in range(calls + 3):
+def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], rounds: int) -> float:
+    """The median of `rounds` rounds of calls, after three that do not count; each the mean of its calls."""
+    times: list[float] = []
+    while len(times) < rounds + 3:
+        queued = calls_of_a_round(times[-1]) if times else 4
         start = time.perf_counter()
-        for _ in range(QUEUED):
+        for _ in range(queued):
             result = call()
         wait(result)  # the last: a GPU does one after the other
         del result  # free again before the next
-        times.append((time.perf_counter() - start) / QUEUED)
+        times.append((time.perf_counter() - start) / queued)
     return statistics.median(times[3:]) * 1e3
 
 
-def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool = False) -> dict[str, float]:
-    """Milliseconds of a forward pass, and of one with the gradients of x and of every parameter."""
+def calls_of_a_round(seconds: float) -> int:
+    """How many calls that take so long are queued before they are waited for."""
+    return max(4, math.ceil(ROUND / seconds))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The layer in JAX: each call queues one pass and returns its results."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]  # and the gradients of x and of every parameter
+    memory: Callable[[], Any]  # XLA's plan of `both`
+
+
+def calls_in_jax(tokens: int, implementation: str) -> Calls:
+    """Nothing is compiled, and no room taken for gradients, before a call asks for it."""
     params, x = _params(), jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
     forward = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation=implementation)[0])
 
@@ -73,23 +91,34 @@ def in_jax(tokens: int, implementation: str, calls: int, *, forward_only: bool =
         return jax.grad(loss, argnums=(0, 1))(x, weights, bias)
 
     weights = (params.router, params.gate_up, params.down)
-    times = {"forward": _milliseconds(lambda: forward(x, params), jax.block_until_ready, calls)}
-    if forward_only:
-        return times
-    gradients = jax.tree.map(jnp.zeros_like, (x, weights))
+    gradients: Any = None
 
     def step() -> Any:
         nonlocal gradients
+        gradients = jax.tree.map(jnp.zeros_like, (x, weights)) if gradients is None else gradients
         gradients = both(x, weights, params.bias, gradients)
         return gradients
 
-    times["forward and backward"] = _milliseconds(step, jax.block_until_ready, calls)
-    memory: Any = both.lower(x, weights, params.bias, gradients).compile().memory_analysis()
+    return Calls(
+        forward=lambda: forward(x, params),
+        both=step,
+        memory=lambda: both.lower(x, weights, params.bias, (x, weights)).compile().memory_analysis(),
+    )
+
+
+def in_jax(tokens: int, implementation: str, rounds: int, *, forward_only: bool = False) -> dict[str, float]:
+    """Milliseconds of a forward pass, and of one with the gradients of x and of every parameter."""
+    layer = calls_in_jax(tokens, implementation)
+    times = {"forward": _milliseconds(layer.forward, jax.block_until_ready, rounds)}
+    if forward_only:
+        return times
+    times["forward and backward"] = _milliseconds(layer.both, jax.block_until_ready, rounds)
+    memory = layer.memory()
     times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
     return times
 
 
-def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
+def in_torch(tokens: int, rounds: int) -> tuple[dict[str, float], torch.Tensor]:
     """The same of a torch layer, and its result."""
     params = _params()
     copy = lambda a: torch.from_dlpack(a).clone().requires_grad_()
@@ -110,7 +139,7 @@ def in_torch(tokens: int, calls: int) -> tuple[dict[str, float], torch.Tensor]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward().float().square().sum(), (x, router, gate_up, down))
 
-    timed = functools.partial(_milliseconds, wait=lambda _: torch.cuda.synchronize(), calls=calls)
+    timed = functools.partial(_milliseconds, wait=lambda _: torch.cuda.synchronize(), rounds=rounds)
     with torch.no_grad():
         times, y = {"forward": timed(forward)}, forward()
     times["forward and backward"] = timed(both)
@@ -145,9 +174,9 @@ def _stock(tokens: int) -> dict[str, Any]:
 
 def measure(tokens: int) -> dict[str, Any]:
     """Ours and torch's at one number of tokens; the layers' results are compared first."""
-    calls = 20 if tokens <= 512 else 8
+    rounds = 8
     results: dict[str, Any] = {"torch": None}
-    results["torch"], y = in_torch(tokens, calls)
+    results["torch"], y = in_torch(tokens, rounds)
     x = jax.random.normal(jax.random.key(3), (tokens, WIDTH), jnp.bfloat16)
     ours = jax.jit(lambda x, params: jaxmoe.moe(x, params, CONFIG, implementation="pallas")[0])(x, _params())
     got, want = np.asarray(ours.astype(jnp.float32)), y.float().cpu().numpy()
@@ -155,7 +184,7 @@ def measure(tokens: int) -> dict[str, Any]:
     if not error < 0.02:
         raise AssertionError(f"the layers differ by {error:.1%}: nothing is timed")
     results["relative difference"] = error
-    results["jaxmoe, pallas"] = in_jax(tokens, "pallas", calls)
+    results["jaxmoe, pallas"] = in_jax(tokens, "pallas", rounds)
     return results
 
 

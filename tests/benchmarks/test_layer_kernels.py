@@ -1,0 +1,46 @@
+"""How the layer's time is told apart, and how many calls are queued: no GPU is needed for either."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import jax_layer, layer_kernels
+
+
+def test_kernels_of() -> None:
+    """Two calls of three kernels, two of which overlap; the order in which the driver tells of them does not matter."""
+    first = [("a", 0.0, 1000.0), ("b", 1000.0, 4000.0), ("a", 4000.0, 500.0), ("c", 6000.0, 1000.0)]
+    second = [("a", 10_000.0, 3000.0), ("b", 13_000.0, 4000.0), ("a", 14_000.0, 2000.0), ("c", 18_000.0, 3000.0)]
+    found = layer_kernels.kernels_of([*second, *first], 2)
+    assert found["us"] == 10.5
+    assert found["idle us"] == (1 + 3 + 1) / 2
+    assert found["most of it between"] == "c, a"
+    assert found["kernels"] == [
+        {"kernel": "b", "launches": 1.0, "us": 4.0},
+        {"kernel": "a", "launches": 2.0, "us": 3.0},
+        {"kernel": "c", "launches": 1.0, "us": 2.0},
+    ]
+    alone = layer_kernels.kernels_of([("a", 5.0, 1000.0)], 1)
+    assert (alone["us"], alone["idle us"], alone["most of it between"]) == (1.0, 0.0, None)
+    with pytest.raises(ValueError, match="events: expected those of at least one kernel, got none"):
+        layer_kernels.kernels_of([], 1)
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-3, 50), (0.7e-3, 72), (17e-3, 4), (0.4, 4)])
+def test_calls_of_a_round(seconds: float, calls: int) -> None:
+    assert jax_layer.calls_of_a_round(seconds) == calls
+
+
+def test_milliseconds() -> None:
+    """A round is waited for once, by its last call's result, and the first three do not count."""
+    log: list[int] = []
+    waited: list[int] = []
+
+    def call() -> int:
+        log.append(len(log))
+        return log[-1]
+
+    assert jax_layer._milliseconds(call, waited.append, 2) < 1.0
+    assert (len(waited), waited[0], waited[-1]) == (5, 3, log[-1])
+    assert np.diff(waited).min() >= 4
