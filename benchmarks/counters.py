@@ -4,8 +4,9 @@
 
 Needs Nsight Compute (`ncu`) and leave to read counters. Every operation runs once before it is counted. A launch a row:
 how long it took (longer than in a CUDA graph: ncu empties the caches and waits), how many programs, warp instructions,
-how busy issue slots and the ALU were, warps on a multiprocessor, how long a warp waited for what between two
-instructions (cycles), and bytes of memory.
+how busy issue slots, the ALU and the tensor cores were, warps on a multiprocessor, how long a warp waited for what
+between two instructions (cycles), bytes of memory, and the clock, which falls where a kernel draws all of the card's
+power.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 import torch
 
 import bridge
-from bridge.native import driver
+from benchmarks.matmuls import EXPERTS, INNER, TOKENS, TOP_K, WIDTH, shares
+from bridge.native import driver, experts
 
 STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 METRICS = {
@@ -31,12 +33,14 @@ METRICS = {
     "smsp__inst_executed.sum": "instructions",
     "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue %",
     "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "ALU %",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor %",
     "sm__warps_active.avg.per_cycle_active": "warps",
     STALLED.format("long_scoreboard"): "waits: memory",
     STALLED.format("barrier"): "barrier",
     STALLED.format("no_instruction"): "code",
     STALLED.format("wait"): "fixed",
     "dram__bytes.sum": "bytes",
+    "sm__cycles_elapsed.avg.per_second": "clock",
 }
 RANGE = "counted"
 
@@ -56,6 +60,15 @@ def operations() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"plan {tokens}, align {align}", lambda: bridge.plan_dispatch(ids, 256, align=align)  # noqa: B023
         rows, plan = make(tokens, 7168), bridge.plan_dispatch(ids, 256)
         yield f"dispatch {tokens}", lambda: bridge.dispatch(rows, plan)  # noqa: B023
+    for kind in ("even", "uneven"):
+        sizes = shares(kind, TOKENS * TOP_K, EXPERTS)
+        for depth, width in ((WIDTH, 2 * INNER), (INNER, WIDTH)):
+            rows, grad = make(TOKENS * TOP_K, depth), make(TOKENS * TOP_K, width)
+            weight = make(EXPERTS, width, depth).mT
+            what = f"{kind}, {depth} x {width}"
+            yield f"grouped matmul {what}", lambda: bridge.grouped_matmul(rows, weight, sizes)  # noqa: B023
+            out = make(EXPERTS, depth, width)
+            yield f"its weights' gradient, {what}", lambda: experts.grouped_outer(rows, grad, sizes, out)  # noqa: B023
 
 
 def launch(path: Path) -> None:

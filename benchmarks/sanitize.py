@@ -72,10 +72,12 @@ def route(
     return [routing.experts, routing.load, *_with_gradients(routing.weights, logits)]
 
 
-def router(device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int) -> list[Tensor]:
+def router(
+    device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, tokens: int, num_experts: int = 72
+) -> list[Tensor]:
     """The product and its gradients."""
     x = _random(device, 2, tokens, WIDTH, dtype=x_dtype).requires_grad_()
-    weight = (_random(device, 3, 72, WIDTH) * WIDTH**-0.5).to(weight_dtype).requires_grad_()
+    weight = (_random(device, 3, num_experts, WIDTH) * WIDTH**-0.5).to(weight_dtype).requires_grad_()
     return _with_gradients(bridge.router_logits(x, weight), x, weight)
 
 
@@ -155,6 +157,8 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
                 f"router, {x} by {weight}, {tokens} tokens",
                 functools.partial(router, x_dtype=x, weight_dtype=weight, tokens=tokens),
             )
+    few = functools.partial(router, x_dtype=BF16, weight_dtype=BF16, num_experts=20)
+    yield "router, few experts", functools.partial(few, tokens=300)
     sizes = ((1, 5, 1), (37, 5, 1), (1, 5, 4), (37, 5, 64), (700, 5, 1), (900, 5, 4), (9000, 4, 4), (132000, 4, 1))
     for tokens, slots, align in sizes:
         yield (

@@ -17,6 +17,8 @@ from kernels_pallas.count import count_load
 from kernels_pallas.route import route as route_kernel
 from kernels_pallas.route_grad import route_grad
 from kernels_pallas.router_logits import router_logits as router_logits_kernel
+from kernels_pallas.router_logits_grad import router_logits_grad_weight as grad_weight_kernel
+from kernels_pallas.router_logits_grad import router_logits_grad_x as grad_x_kernel
 from kernels_pallas.rule import Rule
 
 
@@ -220,11 +222,30 @@ def _router_logits_fwd(static: str | None, x: Rows, weight: jax.Array) -> tuple[
     return _router_logits_forward(static, x, weight), (x, weight)
 
 
+def _router_logits_grad(
+    implementation: str | None, grad: jax.Array, x: Rows, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x [T, H] and of weight [E, H]; of a view of columns that of what it shows."""
+
+    def xla(grad: jax.Array, x: Rows, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, pull = jax.vjp(reference.router_logits, dense(x), weight)
+        return pull(grad)
+
+    def kernels(grad: jax.Array, x: Rows, weight: jax.Array, **how: Any) -> tuple[jax.Array, jax.Array]:
+        # how: target and interpret
+        array, column = base(x)
+        if array.shape[0] == 0:
+            return xla(grad, x, weight)
+        dx = grad_x_kernel(grad, weight, dtype=array.dtype, **how)
+        width = weight.shape[1]
+        return dx, grad_weight_kernel(grad, array, dtype=weight.dtype, column=column, width=width, **how)
+
+    return run(implementation, kernels, xla, grad, x, weight)
+
+
 def _router_logits_bwd(static: str | None, saved: Any, grad: jax.Array) -> tuple[Any, Any]:
-    del static
     x, weight = saved
-    _, pull = jax.vjp(reference.router_logits, dense(x), weight)
-    dx, dweight = pull(grad)
+    dx, dweight = _router_logits_grad(static, grad, x, weight)
     return like_rows(x, dx), dweight
 
 

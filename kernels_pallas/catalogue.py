@@ -240,7 +240,8 @@ def _logits_grads(name: str, x: Any, weight: Any, tokens: int, experts: int = 25
         return dx, router_logits_grad_weight(grad, x, dtype=weight.dtype, target=target)
 
     args = (_shape(F32, tokens, experts), _shape(x, tokens, width), _shape(weight, experts, width))
-    return Entry(f"router_logits_grad {name}", ("router_logits_grad_x", "router_logits_grad_weight"), fn, args)
+    kernels = ("router_logits_grad_x", "router_logits_grad_weight", "router_logits_sum")
+    return Entry(f"router_logits_grad {name}", kernels, fn, args)
 
 
 LONG = 37_450  # tokens: 8 rows of 7168 for each are just above 2**31 elements, past 32-bit offsets
@@ -315,7 +316,8 @@ CATALOGUE: tuple[Entry, ...] = (
     _logits("bfloat16 by float32, many tokens", BF16, F32, 40960, sliced=False),
     _logits("float16 by float32", F16, F32, 4096),
     _logits("float32, ragged sizes", F32, F32, 77, 60, 1000),
-    _logits_grads("bfloat16 by float32", BF16, F32, 4096),
+    _logits_grads("bfloat16", BF16, BF16, 4096),
+    _logits_grads("bfloat16 by float32, few experts", BF16, F32, 4096, 32),
     _logits_grads("ragged sizes", F32, BF16, 77, 60, 1000),
     _grouped("bfloat16", BF16, 32768, 32),
     _grouped("bfloat16, few rows, weights over 2**32 bytes", BF16, 512, 256),

@@ -57,8 +57,8 @@ def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target:
     elif num_tokens <= 8:
         config = Config(4, 2, 2048, num_warps=8, num_stages=1, plain=True)
     elif kind == "exact":
-        side = 32 if num_tokens <= 256 else 64
-        config = Config(side, side, 32, num_warps=4, num_stages=3, programs=512)
+        square = 32 if num_tokens <= 256 else 64
+        config = Config(square, square, 32, num_warps=4, num_stages=3, programs=512)
     elif width % 8:  # lines that do not begin at 16 bytes are loaded element by element
         config = Config(64, 32, 32, num_warps=4, num_stages=2)
     elif num_tokens <= 128:
@@ -72,13 +72,13 @@ def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target:
         config = Config(128, experts, 64, num_warps=8, num_stages=4)
     return replace(
         config,
-        experts=min(config.experts, next_power_of_2(num_experts) if config.plain else _side(num_experts)),
-        depth=min(config.depth, _side(width)),
+        experts=min(config.experts, next_power_of_2(num_experts) if config.plain else side(num_experts)),
+        depth=min(config.depth, side(width)),
         num_stages=config.num_stages if target == "cuda" else min(config.num_stages, 2),
     )
 
 
-def _side(size: int) -> int:
+def side(size: int) -> int:
     """Of a tile that holds it all."""
     return max(16, next_power_of_2(size))
 
@@ -86,10 +86,14 @@ def _side(size: int) -> int:
 def slices_for(num_tokens: int, num_experts: int, width: int, config: Config) -> int:
     """Into how many slices to cut H. With 1 there is one launch, with more there are two."""
     tiles = pl.cdiv(num_tokens, config.tokens) * pl.cdiv(num_experts, config.experts)
-    if config.plain or 2 * tiles > config.programs:
+    return 1 if config.plain else cut(pl.cdiv(width, config.depth), tiles, config.programs)
+
+
+def cut(steps: int, tiles: int, programs: int) -> int:
+    """Into how many slices to cut sums of so many steps, for so many tiles to make about that many programs."""
+    if 2 * tiles > programs:
         return 1
-    steps = pl.cdiv(width, config.depth)
-    return pl.cdiv(steps, steps_for(width, min(MOST_SLICES, config.programs // tiles), config))
+    return pl.cdiv(steps, pl.cdiv(steps, min(MOST_SLICES, programs // tiles)))
 
 
 def steps_for(width: int, slices: int, config: Config) -> int:
@@ -171,7 +175,7 @@ def _parts(a: jax.Array) -> list[jax.Array]:
     return [*parts, a.astype(jnp.bfloat16)]
 
 
-def _add_dot(total: jax.Array, a: jax.Array, b: jax.Array, kind: str) -> jax.Array:
+def add_dot(total: jax.Array, a: jax.Array, b: jax.Array, kind: str) -> jax.Array:
     """total + a @ b; of "parts", a is the float32 one, which tensor cores can take from registers."""
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     if kind == "tensor":
@@ -208,8 +212,8 @@ def _tile_kernel(
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         start = (first + i) * k
         if turned:
-            return _add_dot(total, weight_tile(start, (n, k), 0), x_tile(start, (k, m), 1), kind)
-        return _add_dot(total, x_tile(start, (m, k), 0), weight_tile(start, (k, n), 1), kind)
+            return add_dot(total, weight_tile(start, (n, k), 0), x_tile(start, (k, m), 1), kind)
+        return add_dot(total, x_tile(start, (m, k), 0), weight_tile(start, (k, n), 1), kind)
 
     shape = (n, m) if turned else (m, n)
     count = jnp.minimum(steps, pl.cdiv(width, k) - first)
@@ -233,7 +237,7 @@ def _sum_kernel(slices_ref: Any, out_ref: Any, *, num_experts: int, num_tokens: 
         return total
 
     total = jax.lax.fori_loop(0, (slices + SUMMED - 1) // SUMMED, step, jnp.zeros(shape, jnp.float32))
-    store(out_ref.at[token, expert], total, mask=inside)
+    store(out_ref.at[token, expert], total.astype(out_ref.dtype), mask=inside)
 
 
 def router_logits(
@@ -268,8 +272,11 @@ def router_logits(
     return out if slices == 1 else router_logits_sum(out, slices=slices, interpret=interpret)
 
 
-def router_logits_sum(sums: jax.Array, *, slices: int, interpret: bool = False) -> jax.Array:
-    """float32 [T, E]: the sum, in their order, of the [T, E] that lie one behind the other in sums [slices * T, E]."""
+def router_logits_sum(sums: jax.Array, *, slices: int, dtype: Any = jnp.float32, interpret: bool = False) -> jax.Array:
+    """dtype [T, E]: the sum, in their order, of the [T, E] that lie one behind the other in sums [slices * T, E].
+
+    In float32, and then in dtype. (The gradient of the weight adds [E, H] that way.)
+    """
     num_tokens, num_experts = sums.shape[0] // slices, sums.shape[1]
     return launch(
         functools.partial(_sum_kernel, num_experts=num_experts),
@@ -277,7 +284,7 @@ def router_logits_sum(sums: jax.Array, *, slices: int, interpret: bool = False) 
         name="router_logits_sum",
         grid=sum_grid_for(num_tokens, num_experts),
         sizes={"num_tokens": num_tokens, "slices": slices},
-        out_shape=[jax.ShapeDtypeStruct((num_tokens, num_experts), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((num_tokens, num_experts), dtype)],
         num_warps=2,
         interpret=interpret,
     )[0]

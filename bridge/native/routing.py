@@ -12,9 +12,10 @@ from bridge.native import guards
 from bridge.native.build import ALIGNMENT, JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.config import RoutingConfig, rule_for
-from kernels_pallas import count, route_grad, router_logits_grad
+from kernels_pallas import count, route_grad
 from kernels_pallas import route as route_kernels
 from kernels_pallas import router_logits as logits_kernels
+from kernels_pallas import router_logits_grad as grad_kernels
 
 INT32, FLOAT32 = torch.int32, torch.float32
 
@@ -240,9 +241,20 @@ def _router_logits(
 
 
 @functools.cache
-def _router_logits_sum(experts: int, is_aligned: bool, device: int) -> Kernel:
-    function = logits_kernels.router_logits_sum
-    return build(function, device, is_aligned, sums=shape(FLOAT32, 2, experts), slices=2)[0]  # any number, as above
+def _router_logits_sum(columns: int, dtype: torch.dtype, is_aligned: bool, device: int) -> Kernel:
+    function, options = (
+        logits_kernels.router_logits_sum,
+        {"slices": 2, "dtype": JAX_DTYPES[dtype]},
+    )  # any number, as above
+    return build(function, device, is_aligned, sums=shape(FLOAT32, 2, columns), **options)[0]
+
+
+def _add_slices(sums: torch.Tensor, out: torch.Tensor, slices: int) -> None:
+    """Fills `out` [R, C] with the sum of as many as lie in `sums` [slices * R, C]."""
+    rows, columns = out.shape
+    addresses = sums.data_ptr(), out.data_ptr()
+    kernel = _router_logits_sum(columns, out.dtype, aligned(*addresses), out.get_device())
+    kernel(*logits_kernels.sum_grid_for(rows, columns), addresses[0], rows, slices, addresses[1])
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -263,7 +275,7 @@ def launch_router_logits(
     """Fills `out` by this config, with H in this many slices; there is a token at least."""
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     sums = out if slices == 1 else out.new_empty((slices * num_tokens, num_experts))
-    ins, to, result = (x.data_ptr(), weight.data_ptr()), sums.data_ptr(), out.data_ptr()
+    ins, to = (x.data_ptr(), weight.data_ptr()), sums.data_ptr()
     stride, rows, divisor, distance = laid(x, num_tokens)
     rows = max(rows, rows_for(num_tokens, num_experts, 4))  # offsets reach the result, too
     is_aligned, device = aligned(*ins, to), x.get_device()
@@ -273,8 +285,7 @@ def launch_router_logits(
     sizes = (num_tokens, *(() if config.plain else (logits_kernels.steps_for(width, slices, config),)), *distance)
     kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, *sizes, to)
     if slices > 1:
-        kernel = _router_logits_sum(num_experts, aligned(to, result), device)
-        kernel(*logits_kernels.sum_grid_for(num_tokens, num_experts), to, num_tokens, slices, result)
+        _add_slices(sums, out, slices)
 
 
 def _platform() -> str:
@@ -283,11 +294,18 @@ def _platform() -> str:
 
 @functools.cache
 def _grad_x(
-    weight: torch.dtype, dtype: torch.dtype, experts: int, width: int, rows: int, is_aligned: bool, device: int
+    weight: torch.dtype,
+    dtype: torch.dtype,
+    experts: int,
+    width: int,
+    rows: int,
+    config: grad_kernels.Config,
+    is_aligned: bool,
+    device: int,
 ) -> Kernel:
     arrays: dict[str, Any] = {"grad": shape(FLOAT32, rows, experts), "weight": shape(weight, experts, width)}
-    function = router_logits_grad.router_logits_grad_x
-    return build(function, device, is_aligned, **arrays, dtype=JAX_DTYPES[dtype])[0]
+    options = {"dtype": JAX_DTYPES[dtype], "config": config}
+    return build(grad_kernels.router_logits_grad_x, device, is_aligned, **arrays, **options)[0]
 
 
 @functools.cache
@@ -299,11 +317,14 @@ def _grad_weight(
     stride: int,
     rows: int,
     divisor: int,
+    config: grad_kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
     arrays = {"grad": shape(FLOAT32, rows, experts), "x": shape(x, rows, stride)}
-    function, options = router_logits_grad.router_logits_grad_weight, {"dtype": JAX_DTYPES[dtype], "width": width}
+    # One slice, or any other number: it is passed at the launch.
+    options = {"dtype": JAX_DTYPES[dtype], "width": width, "config": config, "slices": 1}
+    function = grad_kernels.router_logits_grad_weight
     return build(function, device, is_aligned, divisor=divisor, **arrays, **options)[0]
 
 
@@ -315,31 +336,23 @@ def router_logits_backward(
     if num_tokens == 0:
         return torch.empty_like(x), torch.zeros_like(weight)
     dx, dweight = x.new_empty(x.shape), torch.empty_like(weight)
-    config, device = router_logits_grad.config_for(_platform()), x.get_device()
-    addresses = grad.data_ptr(), weight.data_ptr()
-    kernel = _grad_x(
-        weight.dtype,
-        x.dtype,
-        num_experts,
-        width,
-        rows_for(num_tokens, width, x.itemsize),
-        aligned(*addresses, dx.data_ptr()),
-        device,
-    )
-    kernel(*router_logits_grad.grid_for(num_tokens, width, config), *addresses, num_tokens, dx.data_ptr())
-    addresses = grad.data_ptr(), x.data_ptr()
+    ins, into, device = (grad.data_ptr(), weight.data_ptr()), dx.data_ptr(), x.get_device()
+    config = grad_kernels.config_for(num_experts, width, JAX_DTYPES[weight.dtype], _platform(), by_token=True)
+    reach = rows_for(num_tokens, num_experts, 4)  # offsets reach all of grad, too
+    rows = max(reach, rows_for(num_tokens, width, x.itemsize))
+    is_aligned = aligned(*ins, into)
+    kernel = _grad_x(weight.dtype, x.dtype, num_experts, width, rows, config, is_aligned, device)
+    kernel(*grad_kernels.grid_for(num_tokens, width, 1, config), *ins, num_tokens, into)
+
+    config = grad_kernels.config_for(num_experts, width, JAX_DTYPES[x.dtype], _platform(), by_token=False)
+    slices = grad_kernels.slices_for(num_tokens, num_experts, width, config)
+    sums = dweight if slices == 1 else grad.new_empty((slices * num_experts, width))
+    ins, into = (grad.data_ptr(), x.data_ptr()), sums.data_ptr()
     stride, rows, divisor, distance = laid(x, num_tokens)
-    kernel = _grad_weight(
-        x.dtype,
-        weight.dtype,
-        num_experts,
-        width,
-        stride,
-        rows,
-        divisor,
-        aligned(*addresses, dweight.data_ptr()),
-        device,
-    )
-    sizes = num_tokens, *distance
-    kernel(*router_logits_grad.grid_for(num_experts, width, config), *addresses, *sizes, dweight.data_ptr())
+    rows, is_aligned = max(reach, rows), aligned(*ins, into)
+    kernel = _grad_weight(x.dtype, sums.dtype, num_experts, width, stride, rows, divisor, config, is_aligned, device)
+    sizes = num_tokens, grad_kernels.steps_for(num_tokens, slices, config), *distance
+    kernel(*grad_kernels.grid_for(num_experts, width, slices, config), *ins, *sizes, into)
+    if slices > 1:
+        _add_slices(sums, dweight, slices)
     return dx, dweight

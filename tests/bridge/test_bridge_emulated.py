@@ -393,6 +393,31 @@ def test_router_logits(name: str, emulator: Emulator) -> None:
         oracle.same(np.roll(got.numpy(), 1, axis=1), want, rtol=2e-6, atol=2e-6 * width**0.5)
 
 
+GRADIENTS = {
+    "one token": (1, 40, 136, BF16, BF16),
+    "parts of grad, in slices": (150, 40, 136, BF16, BF16),
+    "few experts, in slices": (150, 20, 136, BF16, F32),
+    "x in parts of grad, weight exactly": (70, 40, 77, BF16, F32),
+    "float32, in slices": (70, 40, 136, F32, F32),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_router_logits(name: str, emulator: Emulator) -> None:
+    """Every tile and way to multiply, in float32 whatever the dtypes; x has rows apart."""
+    tokens, num_experts, width, *dtypes = GRADIENTS[name]
+    x, weight = normal(0, tokens, width, dtype=dtypes[0]), normal(1, num_experts, width, dtype=dtypes[1])
+    grad = normal(2, tokens, num_experts)
+    held = emulator.put(x, extra=8 if width % 8 == 0 else 3)
+    dx, dweight = routing.router_logits_backward(emulator.put(grad), held, emulator.put(weight))
+    x64, w64, grad64 = (np.asarray(a, np.float64) for a in (x, weight, grad))
+    for got, want, dtype in ((dx, grad64 @ w64, dtypes[0]), (dweight, grad64.T @ x64, dtypes[1])):
+        bounds = {"rtol": max(2e-6, rounding(dtype)["rtol"]) if dtype != F32 else 2e-6, "atol": 2e-5}
+        oracle.same(array(got), want, **bounds)
+        with pytest.raises(AssertionError):
+            oracle.same(np.roll(array(got), 1, axis=1), want, **bounds)
+
+
 @pytest.mark.parametrize(
     ("counts", "transposed"),
     [((7, 0, 30, 1), False), ((7, 0, 30, 1), True), ((70, 0, 60, 1), False)],

@@ -55,6 +55,21 @@ def test_gradients(dtype: Any, weight_dtype: Any, implementation: str) -> None:
     oracle.same(dweight, exact[2].T @ exact[0], **tolerance(weight_dtype))
 
 
+@pytest.mark.parametrize(("count", "experts", "width"), [(0, 4, 8), (1, 1, 1), (70, 40, 136), (333, 33, 257)], ids=str)
+def test_shapes_of_gradients(count: int, experts: int, width: int, implementation: str) -> None:
+    """No tokens, one of each, more than a tile of everything; x may be a view of columns."""
+    wide, weight, up = normal(0, count, width + 9), normal(1, experts, width), normal(2, count, experts)
+    call = lambda wide, w: jaxmoe.router_logits(jaxmoe.Columns(wide, 4, width), w, implementation=implementation)
+    dwide, dweight = jax.jit(lambda *args: jax.vjp(call, *args[:2])[1](args[2]))(wide, weight, up)
+    x64, w64, up64 = (np.asarray(a, np.float64) for a in (wide[:, 4 : 4 + width], weight, up))
+    oracle.same(dwide, np.pad(up64 @ w64, ((0, 0), (4, 5))), rtol=1e-5, atol=1e-4)
+    oracle.same(dweight, up64.T @ x64, rtol=1e-5, atol=1e-4)
+    if count > 1:
+        for wrong in (jnp.zeros_like(dweight), jnp.roll(dweight, 1, axis=0)):
+            with pytest.raises(AssertionError):
+                oracle.same(wrong, up64.T @ x64, rtol=1e-5, atol=1e-4)
+
+
 def test_under_x64(implementation: str) -> None:
     """64-bit mode must widen neither an index nor the sum."""
     with jax.enable_x64(True):

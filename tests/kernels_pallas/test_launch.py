@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[[], Any], list[tuple[str, ...]]]] = {
     ),
     "router, gradient of weight": (
         lambda: router_logits_grad_weight(normal(5, 37, 12), normal(3, 37, 40), dtype=jnp.float32, interpret=True),
-        [("num_tokens",)],
+        [("num_tokens", "steps"), ("num_tokens", "slices")],
     ),
 }
 
@@ -72,15 +72,6 @@ def test_sizes_at_run_time(name: str) -> None:
     assert not sizes or [names for _, names in launched] == sizes
     for a, b in zip(jax.tree.leaves(built_in), jax.tree.leaves(passed), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_gradients_of_the_router() -> None:
-    grad, x, weight = normal(5, 37, 12), normal(3, 37, 40), normal(4, 12, 40)
-    dx = router_logits_grad_x(grad, weight, dtype=jnp.float32, interpret=True)
-    dweight = router_logits_grad_weight(grad, x, dtype=jnp.float32, column=8, width=30, interpret=True)
-    np.testing.assert_allclose(dx, np.asarray(grad, np.float64) @ np.asarray(weight), rtol=1e-5, atol=1e-5)
-    want = np.asarray(grad, np.float64).T @ np.asarray(x)[:, 8:38]
-    np.testing.assert_allclose(dweight, want, rtol=1e-5, atol=1e-5)
 
 
 def _shifted(x: jax.Array) -> Any:
