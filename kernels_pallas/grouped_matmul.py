@@ -64,7 +64,8 @@ def config_for(
     elif target == "rocm":
         config = Config(rows, 128, 64, 8, num_warps=8 if rows == 128 else 4, num_stages=2)
     elif rows == 128 and room >= HOPPER:  # measured on an H100, low last tiles on H200s
-        config = Config(rows, 256, 64, 8, num_warps=8, num_stages=4, last_rows=64)
+        together = 16 if depth <= 4096 else 8  # tiles whose rows leave the weights their room in the cache
+        config = Config(rows, 256, 64, together, num_warps=8, num_stages=4, last_rows=64)
     elif rows == 128:  # smaller, without Hopper's instructions, which take operands from memory: not measured
         config = Config(rows, 128, 64, 8, num_warps=8, num_stages=3)
     else:  # bound by reading the weights: long lines, in either layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import jax_layer, layer_kernels
 
@@ -44,3 +45,11 @@ def test_milliseconds() -> None:
     assert jax_layer._milliseconds(call, waited.append, 2) < 1.0
     assert (len(waited), waited[0], waited[-1]) == (5, 3, log[-1])
     assert np.diff(waited).min() >= 4
+
+
+def test_layers_that_differ() -> None:
+    want = torch.linspace(-1, 1, 100)
+    jax_layer.check_near("y", want * 1.01, want)
+    for wrong in (torch.zeros(100), want.roll(1), want.clone().fill_(torch.nan)):
+        with pytest.raises(AssertionError, match=r"y differs by .* from torch's"):
+            jax_layer.check_near("y", wrong, want)
