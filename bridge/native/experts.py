@@ -147,7 +147,9 @@ def gated_grad(
     scale: torch.Tensor | None = None,
     dots: torch.Tensor | None = None,
 ) -> None:
-    """Fills `dkept` [M, 2 * I], which may be `kept`, and `hidden` [M, I] from gate and up, both times `scale` [M].
+    """Fills `dkept` [M, 2 * I] and `hidden` [M, I] from gate and up, both times `scale` [M].
+
+    `dkept` may be `kept`, and `hidden` may be `grad`: all that is read of a place is read before it is written.
 
     With a scale, float32, also fills `dots` float32 [M] with hidden . grad before it is scaled.
     """

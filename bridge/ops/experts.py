@@ -217,9 +217,8 @@ def _experts_backward_native(
     # gate and up are computed again: what is saved from the forward pass is its input alone.
     hidden, both = rows.new_empty((num_rows, inner)), rows.new_empty((num_rows, 2 * inner))
     native.gated_matmul(rows, gate_up, group_sizes, activation, hidden, both)
-    dhidden = torch.empty_like(hidden)
-    native.grouped_matmul(grad, down.mT, group_sizes, dhidden)
-    native.gated_grad(both, dhidden, activation, both, hidden)  # both is its own gradient from here on
+    native.grouped_matmul(grad, down.mT, group_sizes, hidden)  # written over: the gradient of the hidden rows,
+    native.gated_grad(both, hidden, activation, both, hidden)  # then these again; both is its own gradient from here on
     native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
     if trained:
         native.grouped_outer(hidden, grad, group_sizes, ddown)

@@ -127,6 +127,12 @@ weighted_experts = define(
 )
 
 
+def _check_saved(grad: Tensor, x: Tensor, slots: Tensor, gate_up: Tensor, kept: Tensor) -> None:
+    check("grad", grad, tuple(x.shape), (x.dtype,))
+    check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
+    check_layout(x.device, grad=grad, kept=kept)
+
+
 def _backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -141,9 +147,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
-    check("grad", grad, tuple(x.shape), (x.dtype,))
-    check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
-    check_layout(x.device, grad=grad, kept=kept)
+    _check_saved(grad, x, slots, gate_up, kept)
     stack = gradient_of(gate_up, trained), gradient_of(down, trained)
     return x.new_empty(x.shape), torch.empty_like(weights), *stack
 
@@ -160,25 +164,32 @@ def _backward_native(
     kept: Tensor,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweights, dgate_up, ddown = _backward_fake(
-        grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, trained
-    )
-    held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
-    dhidden, dkept = torch.empty_like(hidden), torch.empty_like(kept)  # kept stays: there may be a second backward pass
+    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    _check_saved(grad, x, slots, gate_up, kept)
+    dweights = torch.empty_like(weights)
     if rows.numel():
         flat = weights.reshape(-1).float()  # of float32, as routing's are, nothing is cast
         scale = flat[slots.clamp(min=0)].masked_fill_(slots < 0, 0.0)
     else:  # no tokens, but rows that fill experts up
         scale = torch.zeros_like(slots, dtype=torch.float32)
     dots = torch.empty_like(scale)
+    # Gradients of gigabytes are made as they are needed, and what lies in `held` and `hidden` is written over: all of
+    # it at once would take more memory than plain torch does. kept stays: there may be a second backward pass.
+    held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
+    dkept = torch.empty_like(kept)
     moves.dispatch(grad, rows, slots, None, held)
-    native.grouped_matmul(held, down.mT, group_sizes, dhidden)
-    native.gated_grad(kept, dhidden, ACTIVATION, dkept, hidden, scale, dots)
+    native.grouped_matmul(held, down.mT, group_sizes, hidden)  # the gradient of the hidden rows,
+    native.gated_grad(kept, hidden, ACTIVATION, dkept, hidden, scale, dots)  # then these themselves
+    ddown = gradient_of(down, trained)
     if trained:
         native.grouped_outer(hidden, held, group_sizes, ddown)
-        moves.dispatch(x, rows, slots, None, held)  # the same rows' memory: now the tokens,
+        moves.dispatch(x, rows, slots, None, held)  # now the tokens,
+    del hidden
+    dgate_up = gradient_of(gate_up, trained)
+    if trained:
         native.grouped_outer(held, dkept, group_sizes, dgate_up)
     native.grouped_matmul(dkept, gate_up.mT, group_sizes, held)  # then their gradients
+    dx = x.new_empty(x.shape)
     moves.combine(held, rows, None, dx)
     if dots.numel():
         dweights.copy_(dots[rows.clamp(min=0)]).masked_fill_(rows < 0, 0.0)

@@ -8,16 +8,19 @@ import os
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bridge
 from bridge.native import build, cache, dispatch, driver, experts, routing
 from bridge.ops import experts as ops
+from bridge.ops import weighted_experts
 from kernels_pallas.targets import TARGETS, Binary
 
 pytest.importorskip("triton")
@@ -315,6 +318,45 @@ def test_frozen_weights_launch_nothing(launches: list[Any], trained: bool) -> No
     assert [tuple(g.shape) for g in (dweight, *stack)] == (
         [tuple(w.shape) for w in (gate_up, gate_up, down)] if trained else [(0,)] * 3
     )
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that uninitialised tensors made meanwhile took at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default):
+            self.now += out.nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(out, self._free, out.nbytes)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+def test_memory_of_the_backward_pass(launches: list[Any]) -> None:
+    """Besides gradients, one array of rows as wide as a token and gate and up: nothing else when the last are made."""
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+    tokens, slots, width, inner = 40, 8, 64, 48
+    ids = torch.zeros(tokens, slots, dtype=torch.int32)
+    x, weights, gate_up, down = (
+        zeros(tokens, width),
+        torch.zeros(tokens, slots),
+        zeros(9, width, 96),
+        zeros(9, 48, width),
+    )
+    flat, sizes, kept = ids.reshape(-1), torch.zeros(9, dtype=torch.int32), zeros(tokens * slots, 2 * inner)
+    with Live() as live:
+        weighted_experts._backward_native(x, x, ids, flat, sizes, weights, gate_up, down, kept, True)
+    assert [name for name, _ in launches].count("grouped_outer") == 2
+    rows = tokens * slots * (2 * width + 4)  # and a number for each
+    assert live.peak == gate_up.nbytes + down.nbytes + kept.nbytes + rows + x.nbytes + weights.nbytes
 
 
 def test_the_key_holds_what_matters() -> None:
