@@ -6,6 +6,8 @@ pass needs none of the rows that the forward pass made but gate and up: see `jax
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,9 +112,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*tensors, output[1])
 
 
+# Whether the backward pass that is under way may be followed by another. Private; without it there may.
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _is_last(kept: Tensor) -> bool:
+    """Whether nobody reads `kept` after this backward pass; what torch.compile traces has to leave its inputs alone."""
+    return kept.is_cuda and type(kept) is Tensor and not torch.compiler.is_compiling() and not _keeps_graph()
+
+
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     trained = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
-    dx, dweights, *stack = weighted_experts_backward(grad.contiguous(), *ctx.saved_tensors, trained)
+    *tensors, kept = ctx.saved_tensors
+    op = weighted_experts_last_backward if _is_last(kept) else weighted_experts_backward
+    dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, trained)
     return dx, None, None, None, dweights, *(stack if trained else (None, None)), None
 
 
@@ -163,7 +176,10 @@ def _backward_native(
     down: Tensor,
     kept: Tensor,
     trained: bool,
+    *,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With `over`, gate and up are written over by their gradient."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
     _check_saved(grad, x, slots, gate_up, kept)
     dweights = torch.empty_like(weights)
@@ -174,9 +190,9 @@ def _backward_native(
         scale = torch.zeros_like(slots, dtype=torch.float32)
     dots = torch.empty_like(scale)
     # Gradients of gigabytes are made as they are needed, and what lies in `held` and `hidden` is written over: all of
-    # it at once would take more memory than plain torch does. kept stays: there may be a second backward pass.
+    # it at once would take more memory than plain torch does.
     held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
-    dkept = torch.empty_like(kept)
+    dkept = kept if over else torch.empty_like(kept)
     moves.dispatch(grad, rows, slots, None, held)
     native.grouped_matmul(held, down.mT, group_sizes, hidden)  # the gradient of the hidden rows,
     native.gated_grad(kept, hidden, ACTIVATION, dkept, hidden, scale, dots)  # then these themselves
@@ -235,6 +251,15 @@ weighted_experts_backward = define(
     "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
     " Tensor gate_up, Tensor down, Tensor kept, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
+    plain=_backward_plain,
+    fake=_backward_fake,
+)
+
+# The same where there is no second backward pass: `kept` holds gradients afterwards.
+weighted_experts_last_backward = define(
+    "weighted_experts_last_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes,"
+    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
+    native=functools.partial(_backward_native, over=True),
     plain=_backward_plain,
     fake=_backward_fake,
 )

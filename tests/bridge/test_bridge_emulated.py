@@ -507,6 +507,9 @@ def test_weighted_experts(transposed: bool, emulator: Emulator, monkeypatch: pyt
     before = kept.clone()
     got = weighted_experts._backward_native(emulator.put(up), *tensors, kept, True)
     assert torch.equal(before, kept), "there may be a second backward pass"
+    last = weighted_experts._backward_native(emulator.put(up), *tensors, kept, True, over=True)
+    assert not torch.equal(before, kept), "it has been written over"
+    assert all(torch.equal(one, other) for one, other in zip(got, last, strict=True))
 
     def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:
         arrays = x, found.rows, found.slots, found.group_sizes, weights, gate_up, down

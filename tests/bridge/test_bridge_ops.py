@@ -114,6 +114,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             )
             for trained in (True, False)
         },
+        "weighted_experts_last_backward": (
+            OPS.weighted_experts_last_backward,
+            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept.clone(), True),
+        ),
         "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json)),
         "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5)),
     }
@@ -150,6 +154,28 @@ def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
     for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
         assert gradient.shape == leaf.shape
         assert not gradient.any()
+
+
+def test_what_is_kept_is_written_over_at_the_last_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says which is the last: not one that keeps the graph. On a GPU alone, and not where torch.compile traces."""
+    from bridge.ops import weighted_experts as ops
+
+    called: list[str] = []
+    noted = lambda name, op: lambda *args: (called.append(name), op(*args))[1]
+    for name in ("weighted_experts_backward", "weighted_experts_last_backward"):
+        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
+    ids = torch.arange(T * 2, dtype=torch.int32).view(T, 2) % E
+    x, stack = normal(T, H, grad=True), weights(False)
+    run = lambda: OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *stack, True)[0].sum()
+    assert not ops._is_last(torch.zeros(1)), "on a CPU nothing is written over"
+    y = run()
+    first = torch.autograd.grad(y, x, retain_graph=True)
+    monkeypatch.setattr(ops, "_is_last", lambda kept: not ops._keeps_graph())
+    second = torch.autograd.grad(y, x, retain_graph=True)
+    third = torch.autograd.grad(y, x)
+    assert called == ["weighted_experts_backward"] * 2 + ["weighted_experts_last_backward"]
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[0], third[0])
 
 
 @pytest.mark.parametrize("frozen", ["x", "experts", "router"])

@@ -169,6 +169,22 @@ def test_router_logits_and_gradients(tokens: int, dtypes: str, layout: str) -> N
         np.testing.assert_allclose(np.asarray(array(found), np.float64), want, rtol=max(eps, 1e-5), atol=1e-4)
 
 
+def test_backward_passes_that_keep_the_graph() -> None:
+    """The last one writes over what was kept: after others, which must find it as it was, and with the same result."""
+    config = bridge.RoutingConfig(num_experts=12, top_k=3)
+    make = lambda seed, *shape: tensor(cases.normal(seed, *shape, dtype="bfloat16")).requires_grad_()
+    leaves = make(0, 100, 64), make(1, 12, 64), make(2, 12, 64, 96), make(3, 12, 48, 64)
+    x, router, gate_up, down = leaves
+    y = bridge.moe(x, bridge.MoEParams(router=router, gate_up=gate_up, down=down), config)[0].float().square().sum()
+    first, second, last = (torch.autograd.grad(y, leaves, retain_graph=keep) for keep in (True, True, False))
+    for name, a, b, c in zip(("x", "router", "gate_up", "down"), first, second, last, strict=True):
+        assert a.any(), name
+        assert torch.equal(a, b), name
+        assert torch.equal(a, c), name
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves)
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "kimi-k2", "deepseek-v4-flash", "qwen3-next"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_those_of_jaxmoe(name: str, dtype: str) -> None:
