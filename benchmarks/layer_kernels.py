@@ -2,8 +2,8 @@
 
     python -m benchmarks.layer_kernels [--tokens 4096] [--output kernels.json]
 
-Calls are queued as in `benchmarks.jax_layer`, whose layer this is, for long enough that the card's clock is that of a
-card at work. A kernel's time is its median, times how often a call launches it; "idle" is time in which none runs.
+Calls are queued as in `benchmarks.jax_layer`, whose layer this is, for so long before the round that counts that the
+card's clock is that of a card at work; "idle" is time in which no kernel runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -41,7 +40,7 @@ def kernels_of(events: Iterable[tuple[str, float, float]], calls: int) -> dict[s
         if start + duration > end:
             end, last = start + duration, name
     kernels = [
-        {"kernel": name, "launches": len(times) / calls, "us": statistics.median(times) * len(times) / calls / 1e3}
+        {"kernel": name, "launches": len(times) / calls, "us": sum(times) / calls / 1e3}
         for name, times in durations.items()
     ]
     return {
@@ -52,23 +51,30 @@ def kernels_of(events: Iterable[tuple[str, float, float]], calls: int) -> dict[s
     }
 
 
+def last_calls(
+    events: Iterable[tuple[str, float, float]], calls: int, all_calls: int
+) -> list[tuple[str, float, float]]:
+    """The events of the last `calls` of `all_calls` calls that launch the same."""
+    ordered = sorted(events, key=lambda event: event[1])
+    if len(ordered) % all_calls:
+        raise ValueError(f"events: expected as many of each of {all_calls} calls, got {len(ordered)}")
+    return ordered[len(ordered) - len(ordered) // all_calls * calls :]
+
+
 def recorded(call: Callable[[], Any], *, seconds: float = 0.5) -> dict[str, Any]:
     """`kernels_of` one round of `call`, after that many seconds of the same."""
-    jax.block_until_ready(call())
-    begun = time.perf_counter()
-    jax.block_until_ready(call())
-    calls = calls_of_a_round(time.perf_counter() - begun)
-
-    def queue() -> None:
-        for _ in range(calls):
-            result = call()
-        jax.block_until_ready(result)
-
-    while time.perf_counter() - begun < seconds:
-        queue()
+    for _ in range(2):  # the first is compiled
+        begun = time.perf_counter()
+        jax.block_until_ready(call())
+    calls, rounds = calls_of_a_round(time.perf_counter() - begun), 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            queue()
+        with jax.profiler.trace(folder):  # which takes a while to start, in which the card rests
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < seconds or rounds < 2:
+                for _ in range(calls):
+                    result = call()
+                jax.block_until_ready(result)
+                rounds += 1
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
         events = [
@@ -79,7 +85,7 @@ def recorded(call: Callable[[], Any], *, seconds: float = 0.5) -> dict[str, Any]
             if line.name.startswith("Stream")
             for event in line.events
         ]
-    return kernels_of(events, calls)
+    return kernels_of(last_calls(events, calls, calls * rounds), calls)
 
 
 def main() -> None:

@@ -219,28 +219,49 @@ def _router_logits(static: str | None, x: Rows, weight: jax.Array) -> jax.Array:
 
 
 def _router_logits_fwd(static: str | None, x: Rows, weight: jax.Array) -> tuple[jax.Array, Any]:
-    return _router_logits_forward(static, x, weight), (x, weight)
+    return _router_logits(static, x, weight), (x, weight)  # by name, so that it can be derived once more
 
 
-def _router_logits_grad(
-    implementation: str | None, grad: jax.Array, x: Rows, weight: jax.Array
+def _router_logits_grad_pass(
+    static: str | None, grad: jax.Array, x: Rows, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of x [T, H] and of weight [E, H]; of a view of columns that of what it shows."""
 
     def xla(grad: jax.Array, x: Rows, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         _, pull = jax.vjp(reference.router_logits, dense(x), weight)
         return pull(grad)
 
-    def kernels(grad: jax.Array, x: Rows, weight: jax.Array, **how: Any) -> tuple[jax.Array, jax.Array]:
-        # how: target and interpret
+    def kernels(
+        grad: jax.Array, x: Rows, weight: jax.Array, *, target: str, interpret: bool
+    ) -> tuple[jax.Array, jax.Array]:
         array, column = base(x)
         if array.shape[0] == 0:
             return xla(grad, x, weight)
+        how: dict[str, Any] = {"target": target, "interpret": interpret}
         dx = grad_x_kernel(grad, weight, dtype=array.dtype, **how)
-        width = weight.shape[1]
-        return dx, grad_weight_kernel(grad, array, dtype=weight.dtype, column=column, width=width, **how)
+        view: dict[str, Any] = {"column": column, "width": weight.shape[1]}
+        return dx, grad_weight_kernel(grad, array, dtype=weight.dtype, **view, **how)
 
-    return run(implementation, kernels, xla, grad, x, weight)
+    return run(static, kernels, xla, grad, x, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _router_logits_grad(static: str | None, grad: jax.Array, x: Rows, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(grad @ weight, grad.T @ x): the gradients of x and weight; of a view of columns that of what it shows."""
+    return _router_logits_grad_pass(static, grad, x, weight)
+
+
+def _router_logits_grad_fwd(static: str | None, grad: jax.Array, x: Rows, weight: jax.Array) -> tuple[Any, Any]:
+    return _router_logits_grad(static, grad, x, weight), (grad, x, weight)
+
+
+def _router_logits_grad_bwd(static: str | None, saved: Any, up: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    """Products of the same kinds, so that it has derivatives of any order."""
+    grad, x, weight = saved
+    dx, dweight = _router_logits_grad(static, grad, *up)
+    return _router_logits(static, up[0], weight) + _router_logits(static, x, up[1]), like_rows(x, dx), dweight
+
+
+_router_logits_grad.defvjp(_router_logits_grad_fwd, _router_logits_grad_bwd)
 
 
 def _router_logits_bwd(static: str | None, saved: Any, grad: jax.Array) -> tuple[Any, Any]:
@@ -259,7 +280,8 @@ def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = No
     The kernel reads both operands in the dtypes they are stored in: a float32 router weight next to bfloat16
     activations costs no cast in memory (on "xla" that is XLA's affair). Products of two equal 16-bit dtypes run on
     tensor cores, and so do those of bfloat16 and float32, exactly: a float32 number goes as the three bfloat16 numbers
-    whose sum it is (an infinity may so become NaN). Every other pair is multiplied in float32 without them.
+    whose sum it is (an infinity may so become NaN, in the gradients too). Every other pair is multiplied in float32
+    without them.
 
     A token's logits are the same bit for bit on every run and whatever the other tokens hold; how many there are
     decides in which order a sum is taken.

@@ -75,6 +75,7 @@ def gated_grad(
     """(dkept [M, 2 * I], hidden [M, I]) in kept's dtype and, with a scale, float32 [M]: hidden . grad before scaling.
 
     kept [M, 2 * I], gate and up side by side, whose buffer dkept takes over; grad [M, I]; scale float32 [M] or None.
+    (The native path may have hidden lie over grad, too: a place is read before it is written.)
     Sides of at least one.
     """
     num_rows, width = grad.shape

@@ -242,11 +242,8 @@ def _router_logits(
 
 @functools.cache
 def _router_logits_sum(columns: int, dtype: torch.dtype, is_aligned: bool, device: int) -> Kernel:
-    function, options = (
-        logits_kernels.router_logits_sum,
-        {"slices": 2, "dtype": JAX_DTYPES[dtype]},
-    )  # any number, as above
-    return build(function, device, is_aligned, sums=shape(FLOAT32, 2, columns), **options)[0]
+    options = {"slices": 2, "dtype": JAX_DTYPES[dtype]}  # or any number, as above
+    return build(logits_kernels.router_logits_sum, device, is_aligned, sums=shape(FLOAT32, 2, columns), **options)[0]
 
 
 def _add_slices(sums: torch.Tensor, out: torch.Tensor, slices: int) -> None:

@@ -116,15 +116,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _is_last(kept: Tensor) -> bool:
-    """Whether nobody reads `kept` after this backward pass; what torch.compile traces has to leave its inputs alone."""
-    return kept.is_cuda and type(kept) is Tensor and not torch.compiler.is_compiling() and not _keeps_graph()
+def _is_last(kept: Tensor, grad: Tensor) -> bool:
+    """Whether nobody reads `kept` after this backward pass.
+
+    What torch.compile traces has to leave its inputs alone, and of several gradients at once (is_grads_batched) each
+    reads it.
+    """
+    if not kept.is_cuda or type(kept) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not _keeps_graph() and not _is_batched(grad)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     trained = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
     *tensors, kept = ctx.saved_tensors
-    op = weighted_experts_last_backward if _is_last(kept) else weighted_experts_backward
+    if getattr(ctx, "written_over", False):  # torch frees the graph only after a pass that came to its end
+        raise RuntimeError("weighted_experts: a backward pass that failed has written over what the next one needs")
+    ctx.written_over = _is_last(kept, grad)
+    op = weighted_experts_last_backward if ctx.written_over else weighted_experts_backward
     dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, trained)
     return dx, None, None, None, dweights, *(stack if trained else (None, None)), None
 

@@ -19,13 +19,20 @@ def test_kernels_of() -> None:
     assert found["most of it between"] == "c, a"
     assert found["kernels"] == [
         {"kernel": "b", "launches": 1.0, "us": 4.0},
-        {"kernel": "a", "launches": 2.0, "us": 3.0},
+        {"kernel": "a", "launches": 2.0, "us": 3.25},
         {"kernel": "c", "launches": 1.0, "us": 2.0},
     ]
     alone = layer_kernels.kernels_of([("a", 5.0, 1000.0)], 1)
     assert (alone["us"], alone["idle us"], alone["most of it between"]) == (1.0, 0.0, None)
     with pytest.raises(ValueError, match="events: expected those of at least one kernel, got none"):
         layer_kernels.kernels_of([], 1)
+
+
+def test_last_calls() -> None:
+    events = [(name, start, 1.0) for start, name in enumerate("abcabcabc")]
+    assert layer_kernels.last_calls(events[::-1], 2, 3) == events[3:]
+    with pytest.raises(ValueError, match="events: expected as many of each of 2 calls, got 9"):
+        layer_kernels.last_calls(events, 1, 2)
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(1e-3, 50), (0.7e-3, 72), (17e-3, 4), (0.4, 4)])
@@ -49,7 +56,8 @@ def test_milliseconds() -> None:
 
 def test_layers_that_differ() -> None:
     want = torch.linspace(-1, 1, 100)
-    jax_layer.check_near("y", want * 1.01, want)
+    wants = [want] * 5
+    assert jax_layer.difference("ours", [want, want * 1.01, want, want * 0.98, want], wants) == pytest.approx(0.02)
     for wrong in (torch.zeros(100), want.roll(1), want.clone().fill_(torch.nan)):
-        with pytest.raises(AssertionError, match=r"y differs by .* from torch's"):
-            jax_layer.check_near("y", wrong, want)
+        with pytest.raises(AssertionError, match=r"ours: the gradient of router differs by .* from torch's"):
+            jax_layer.difference("ours", [want, want, wrong, want, want], wants)

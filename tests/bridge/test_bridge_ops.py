@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import bridge
+from bridge.ops import weighted_experts as ops
 
 CONFIG = bridge.RoutingConfig(num_experts=16, top_k=3, n_group=4, topk_group=2, n_shared_experts=1)
 T, H, I, M, E = 5, 32, 16, 20, 17
@@ -156,26 +157,54 @@ def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
         assert not gradient.any()
 
 
-def test_what_is_kept_is_written_over_at_the_last_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch says which is the last: not one that keeps the graph. On a GPU alone, and not where torch.compile traces."""
-    from bridge.ops import weighted_experts as ops
-
+@pytest.fixture
+def written_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backward ops that are called, chosen as for tensors on a GPU."""
     called: list[str] = []
     noted = lambda name, op: lambda *args: (called.append(name), op(*args))[1]
-    for name in ("weighted_experts_backward", "weighted_experts_last_backward"):
-        monkeypatch.setattr(ops, name, noted(name, getattr(ops, name)))
+    assert not ops._is_last(torch.zeros(1), torch.zeros(1)), "on a CPU nothing is written over"
+    monkeypatch.setattr(ops, "_is_last", lambda kept, grad: not ops._keeps_graph() and not ops._is_batched(grad))
+    for name, short in (("weighted_experts_backward", "another"), ("weighted_experts_last_backward", "last")):
+        monkeypatch.setattr(ops, name, noted(short, getattr(ops, name)))
+    return called
+
+
+def weighted(x: Any) -> Any:
     ids = torch.arange(T * 2, dtype=torch.int32).view(T, 2) % E
-    x, stack = normal(T, H, grad=True), weights(False)
-    run = lambda: OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *stack, True)[0].sum()
-    assert not ops._is_last(torch.zeros(1)), "on a CPU nothing is written over"
-    y = run()
-    first = torch.autograd.grad(y, x, retain_graph=True)
-    monkeypatch.setattr(ops, "_is_last", lambda kept: not ops._keeps_graph())
-    second = torch.autograd.grad(y, x, retain_graph=True)
-    third = torch.autograd.grad(y, x)
-    assert called == ["weighted_experts_backward"] * 2 + ["weighted_experts_last_backward"]
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[0], third[0])
+    return OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *weights(False), True)[0]
+
+
+def test_what_is_kept_is_written_over_by_the_last_backward_pass_alone(written_over: list[str]) -> None:
+    """torch says which is the last: not one that keeps the graph, and none of several at once."""
+    x = normal(T, H, grad=True)
+    y, up = weighted(x), normal(T, H, seed=3)
+    first, second, third = (torch.autograd.grad(y, x, up, retain_graph=keep)[0] for keep in (True, True, False))
+    assert written_over == ["another", "another", "last"]
+    assert first.any()
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    written_over.clear()
+    (both,) = torch.autograd.grad(weighted(x), x, torch.stack([up, 2 * up]), is_grads_batched=True)
+    assert set(written_over) == {"another"}
+    torch.testing.assert_close(both, torch.stack([first, 2 * first]))
+
+
+def test_a_backward_pass_that_failed_is_not_repeated(written_over: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory halfway, say: what it would need has been written over. One that keeps the graph may be."""
+    x = normal(T, H, grad=True)
+    y, up = weighted(x), normal(T, H, seed=3)
+
+    def fails(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    for name in ("weighted_experts_backward", "weighted_experts_last_backward"):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no room"):
+            patch.setattr(ops, name, fails)
+            torch.autograd.grad(y, x, up, retain_graph=name == "weighted_experts_backward")
+        if name == "weighted_experts_backward":
+            assert torch.autograd.grad(y, x, up, retain_graph=True)[0].any()
+    with pytest.raises(RuntimeError, match="a backward pass that failed has written over what the next one needs"):
+        torch.autograd.grad(y, x, up)
 
 
 @pytest.mark.parametrize("frozen", ["x", "experts", "router"])

@@ -88,13 +88,6 @@ def test_parts_are_as_good_as_float32() -> None:
         assert error_of_two > 4 * error
 
 
-def test_the_same_every_time() -> None:
-    """Bit for bit: slices are added in their order."""
-    grad, x = normal(0, 300, 20), normal(1, 300, 40, dtype=BF16)
-    run = lambda: router_logits_grad_weight(grad, x, dtype=F32, config=TILE, slices=7, interpret=True)
-    np.testing.assert_array_equal(run(), run())
-
-
 @pytest.mark.parametrize("target", ["cuda", "rocm"])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(("experts", "width"), [(32, 7168), (256, 7168), (8, 4096), (2048, 64), (1, 1)])
@@ -131,3 +124,5 @@ def test_tiles(experts: int, dtype: Any, by_token: bool, tile: tuple[int, ...]) 
     """As measured on an H200; without tensor cores smaller ones."""
     config = config_for(experts, 7168, dtype, "cuda", by_token=by_token)
     assert (config.rows, config.columns, config.depth) == tile
+    odd = config_for(experts, 7167, dtype, "cuda", by_token=by_token)
+    assert odd.columns == 64, "lines that begin anywhere are loaded element by element"
