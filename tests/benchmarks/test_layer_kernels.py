@@ -40,18 +40,23 @@ def test_calls_of_a_round(seconds: float, calls: int) -> None:
     assert jax_layer.calls_of_a_round(seconds) == calls
 
 
-def test_milliseconds() -> None:
+def test_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round is waited for once, by its last call's result, and the first three do not count."""
-    log: list[int] = []
+    now = 0.0
+    made: list[int] = []
     waited: list[int] = []
 
     def call() -> int:
-        log.append(len(log))
-        return log[-1]
+        nonlocal now
+        now += 1.0 if len(waited) < 3 else 2.0 if len(waited) < 5 else 0.01
+        made.append(len(made))
+        return made[-1]
 
-    assert jax_layer._milliseconds(call, waited.append, 2) < 1.0
-    assert (len(waited), waited[0], waited[-1]) == (5, 3, log[-1])
-    assert np.diff(waited).min() >= 4
+    monkeypatch.setattr(jax_layer.time, "perf_counter", lambda: now)
+    assert jax_layer._milliseconds(call, waited.append, 2) == 2000.0
+    assert waited == [3, 7, 11, 15, 19]
+    assert jax_layer._milliseconds(call, waited.append, 1) == pytest.approx(10.0)
+    assert np.diff(waited).tolist()[4:] == [4, 5, 5, 5], "as many as take 50 milliseconds"
 
 
 def test_layers_that_differ() -> None:
