@@ -199,30 +199,42 @@ experts = define(
 )
 
 
+def _check_experts_backward(
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str
+) -> None:
+    _check_experts(rows, gate_up, down, group_sizes, activation)
+    check("grad", grad, tuple(rows.shape), (rows.dtype,))
+    check_layout(rows.device, grad=grad)
+
+
 def _experts_backward_fake(
     grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
-    _check_experts(rows, gate_up, down, group_sizes, activation)
-    check("grad", grad, tuple(rows.shape), (rows.dtype,))
-    check_layout(rows.device, grad=grad)
+    _check_experts_backward(grad, rows, gate_up, down, group_sizes, activation)
     return rows.new_empty(rows.shape), gradient_of(gate_up, trained), gradient_of(down, trained)
 
 
 def _experts_backward_native(
     grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    drows, dgate_up, ddown = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation, trained)
+    _check_experts_backward(grad, rows, gate_up, down, group_sizes, activation)
     num_rows, inner = rows.shape[0], down.shape[1]
-    # gate and up are computed again: what is saved from the forward pass is its input alone.
+    # gate and up are computed again: what is saved from the forward pass is its input alone. Gradients are made as they
+    # are needed, so that little is alive at one time.
     hidden, both = rows.new_empty((num_rows, inner)), rows.new_empty((num_rows, 2 * inner))
     native.gated_matmul(rows, gate_up, group_sizes, activation, hidden, both)
     native.grouped_matmul(grad, down.mT, group_sizes, hidden)  # written over: the gradient of the hidden rows,
     native.gated_grad(both, hidden, activation, both, hidden)  # then these again; both is its own gradient from here on
-    native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
+    ddown = gradient_of(down, trained)
     if trained:
         native.grouped_outer(hidden, grad, group_sizes, ddown)
+    del hidden
+    dgate_up = gradient_of(gate_up, trained)
+    if trained:
         native.grouped_outer(rows, both, group_sizes, dgate_up)
+    drows = rows.new_empty(rows.shape)
+    native.grouped_matmul(both, gate_up.mT, group_sizes, drows)
     return drows, dgate_up, ddown
 
 

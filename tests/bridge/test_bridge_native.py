@@ -362,6 +362,17 @@ def test_memory_of_the_backward_pass(launches: list[Any], trained: bool, over: b
     assert live.peak == both + rows + last
 
 
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+def test_memory_of_the_experts_backward_pass(launches: list[Any]) -> None:
+    """Besides gradients gate and up alone, when the last is made."""
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
+    rows, gate_up, down, sizes = zeros(320, 64), zeros(9, 64, 96), zeros(9, 48, 64), torch.zeros(9, dtype=torch.int32)
+    with Live() as live:
+        ops._experts_backward_native(rows, rows, gate_up, down, sizes, "silu", True)
+    assert [name for name, _ in launches].count("grouped_outer") == 2
+    assert live.peak == 320 * 96 * 2 + gate_up.nbytes + down.nbytes + rows.nbytes
+
+
 def test_the_key_holds_what_matters() -> None:
     """Another jax, triton or source, another key: an entry of theirs is never taken for ours."""
     toolchain = build._toolchain()
