@@ -36,6 +36,7 @@ from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
 LIMIT = 0.03  # of the relative error: a router whose logits differ in the last bits may choose otherwise here and there
 PARTS = ("x", "router", "gate_up", "down")
+ROUNDS = 8
 ROUND = 0.05  # seconds of work that are queued at once, four calls at least
 
 
@@ -198,18 +199,16 @@ def _stock(tokens: int) -> dict[str, Any]:
         return {**results, "failed": str(error)[:200]}
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def measure(tokens: int) -> dict[str, dict[str, float]]:
     """Ours and torch's at one number of tokens, the layers' results compared."""
-    rounds = 8
-    results: dict[str, Any]
-    results, wants = in_torch(tokens, rounds)
+    results, wants = in_torch(tokens, ROUNDS)
     layer = calls_in_jax(tokens, "pallas")
     dx, weights = layer.both()
     gots = [torch.from_dlpack(jax.block_until_ready(a)) for a in (layer.forward(), dx, *weights)]
     error = difference("jaxmoe.moe", gots, wants)
     del layer, dx, weights, gots, wants  # gigabytes
     torch.cuda.empty_cache()
-    results["jaxmoe, pallas"] = {**in_jax(tokens, "pallas", rounds), "relative difference": error}
+    results["jaxmoe, pallas"] = {**in_jax(tokens, "pallas", ROUNDS), "relative difference": error}
     return results
 
 

@@ -136,6 +136,12 @@ def router_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
+def router_logits_grad(grad: jax.Array, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(grad @ weight, grad.T @ x) in the dtypes of x [T, H] and weight [E, H]; grad float32 [T, E]."""
+    _, pull = jax.vjp(router_logits, x, weight)
+    return pull(grad)
+
+
 def plan_dispatch(
     experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

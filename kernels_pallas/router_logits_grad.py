@@ -40,12 +40,11 @@ def config_for(num_experts: int, width: int, dtype: Any, target: str, *, by_toke
 
     by_token: for the gradient of x; else for that of the weight.
     """
-    few = not by_token and num_experts <= 32
     if kind_of(jnp.dtype("float32"), jnp.dtype(dtype)) == "exact":
         config = Config(32, 64, 32, num_warps=4, num_stages=2, programs=512)
     elif width % 8:  # lines that do not begin at 16 bytes are loaded element by element: not measured
         config = Config(64, 64, 32, num_warps=4, num_stages=2, programs=512)
-    elif few:  # measured on an H200, as what follows
+    elif num_experts <= 32 and not by_token:  # measured on an H200, as what follows
         config = Config(32, 128, 64, num_warps=4, num_stages=3, programs=256)
     else:
         config = Config(64, 128, 32, num_warps=4, num_stages=3, programs=512)

@@ -412,7 +412,7 @@ def test_gradients_of_router_logits(name: str, emulator: Emulator) -> None:
     dx, dweight = routing.router_logits_backward(emulator.put(grad), held, emulator.put(weight))
     x64, w64, grad64 = (np.asarray(a, np.float64) for a in (x, weight, grad))
     for got, want, dtype in ((dx, grad64 @ w64, dtypes[0]), (dweight, grad64.T @ x64, dtypes[1])):
-        bounds = {"rtol": max(2e-6, rounding(dtype)["rtol"]) if dtype != F32 else 2e-6, "atol": 2e-5}
+        bounds = {"rtol": 2e-6 if dtype == F32 else rounding(dtype)["rtol"], "atol": 2e-5}
         oracle.same(array(got), want, **bounds)
         with pytest.raises(AssertionError):
             oracle.same(np.roll(array(got), 1, axis=1), want, **bounds)

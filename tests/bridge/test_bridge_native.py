@@ -346,12 +346,8 @@ def test_memory_of_the_backward_pass(launches: list[Any], trained: bool, over: b
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)
     tokens, slots, width, inner = 40, 8, 64, 48
     ids = torch.zeros(tokens, slots, dtype=torch.int32)
-    x, weights, gate_up, down = (
-        zeros(tokens, width),
-        torch.zeros(tokens, slots),
-        zeros(9, width, 96),
-        zeros(9, 48, width),
-    )
+    x, gate_up, down = zeros(tokens, width), zeros(9, width, 2 * inner), zeros(9, inner, width)
+    weights = torch.zeros(tokens, slots)
     flat, sizes, kept = ids.reshape(-1), torch.zeros(9, dtype=torch.int32), zeros(tokens * slots, 2 * inner)
     with Live() as live:
         weighted_experts._backward_native(x, x, ids, flat, sizes, weights, gate_up, down, kept, trained, over=over)

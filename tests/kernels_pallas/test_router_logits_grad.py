@@ -33,7 +33,7 @@ def float64(*arrays: Any) -> list[np.ndarray]:
 def close(got: jax.Array, want: np.ndarray, dtype: Any) -> None:
     """A float32 sum of terms of the order of 1, rounded once."""
     assert got.dtype == dtype
-    oracle.same(got, want, rtol=max(1e-5, float(jnp.finfo(dtype).eps)), atol=2e-5)
+    oracle.same(got, want, rtol=max(1e-5, float(jnp.finfo(dtype).eps)), atol=1e-5)
 
 
 @pytest.mark.parametrize("other", [BF16, F16, F32])

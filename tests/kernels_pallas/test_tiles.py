@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import combine, dispatch, grouped_matmul_grad, route
+from kernels_pallas import combine, dispatch, grouped_matmul, grouped_matmul_grad, route
 from kernels_pallas.rule import Rule
 
 RULE = Rule(12, 3, 1, 1, "sigmoid", "top2", True, 1.0, 0, 1, 1.0)
@@ -118,3 +118,11 @@ def test_tiles_of_weight_gradients(num_rows: int, few: bool) -> None:
     assert sides == ((128, 128, 32, 4) if few else (128, 256, 64, 8))
     one = grouped_matmul_grad.config_for(1, 32, 7168, 4096, jnp.bfloat16, "rocm")
     assert one == grouped_matmul_grad.config_for(32768, 32, 7168, 4096, jnp.bfloat16, "rocm")
+
+
+@pytest.mark.parametrize(("depth", "together"), [(2048, 16), (4096, 16), (4104, 8), (7168, 8)])
+def test_tiles_of_rows_that_take_turns(depth: int, together: int) -> None:
+    """As measured on an H200, and there alone."""
+    config = grouped_matmul.config_for(32768, 32, depth, 7168, jnp.bfloat16, "cuda")
+    assert (config.together, config.columns) == (together, 256)
+    assert grouped_matmul.config_for(32768, 32, depth, 7168, jnp.bfloat16, "rocm").together == 8
