@@ -5,9 +5,10 @@
 DeepSeek-V3's width, 32 local experts, top 8, bfloat16; forward alone, and forward with all gradients. Times are medians
 on the host's clock. Several calls are queued and waited for together, so that what the host does for one is hidden
 behind the one before: as many as take 50 milliseconds, since waiting and beginning anew leave the GPU idle for up to
-one. In JAX each call with gradients is given those of the call before to write into (donated): else several results of
-gigabytes would be held at once, and what is measured then is how JAX's allocator grows. The torch layer is plain glue
-around `torch._grouped_mm`.
+one. Such rounds of all ways take turns, since how fast a card is depends on what it did before (its power limit); but
+for `ragged_dot`'s, which needs the memory for itself. In JAX each call with gradients is given those of the call before
+to write into (donated): else several results of gigabytes would be held at once, and what is measured then is how JAX's
+allocator grows. The torch layer is plain glue around `torch._grouped_mm`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import functools
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, TOP_K, WIDTH
 
 LIMIT = 0.03  # of the relative error: a router whose logits differ in the last bits may choose otherwise here and there
 PARTS = ("x", "router", "gate_up", "down")
-ROUNDS = 8
+PEAK = "peak GB beyond arguments"
+ROUNDS = 16
 ROUND = 0.05  # seconds of work that are queued at once, four calls at least
 
 
@@ -50,18 +53,24 @@ def _params(scale: float = 0.02) -> jaxmoe.MoEParams:
     )
 
 
-def _milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any], rounds: int) -> float:
-    """The median of `rounds` rounds of calls, after three that do not count; each the mean of its calls."""
-    times: list[float] = []
-    while len(times) < rounds + 3:
-        queued = calls_of_a_round(times[-1]) if times else 4
-        start = time.perf_counter()
-        for _ in range(queued):
-            result = call()
-        wait(result)  # the last: a GPU does one after the other
-        del result  # free again before the next
-        times.append((time.perf_counter() - start) / queued)
-    return statistics.median(times[3:]) * 1e3
+def in_turns(ways: Mapping[str, Callable[[], Any]], wait: Callable[[Any], Any], rounds: int) -> dict[str, float]:
+    """Milliseconds of a call of each: the median of `rounds` rounds of calls, after three that do not count.
+
+    A round's order is drawn anew.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order, draw = list(ways), random.Random(0)
+    for _ in range(rounds + 3):
+        draw.shuffle(order)
+        for name in order:
+            queued = calls_of_a_round(times[name][-1]) if times[name] else 4
+            start = time.perf_counter()
+            for _ in range(queued):
+                result = ways[name]()
+            wait(result)  # the last: a GPU does one after the other
+            del result  # free again before the next
+            times[name].append((time.perf_counter() - start) / queued)
+    return {name: statistics.median(of[3:]) * 1e3 for name, of in times.items()}
 
 
 def calls_of_a_round(seconds: float) -> int:
@@ -71,11 +80,11 @@ def calls_of_a_round(seconds: float) -> int:
 
 @dataclass(frozen=True)
 class Calls:
-    """The layer in JAX: each call queues one pass and returns its results."""
+    """The layer: each call queues one pass and returns its results."""
 
     forward: Callable[[], Any]
     both: Callable[[], Any]  # and the gradients of x and of every parameter
-    memory: Callable[[], Any]  # XLA's plan of `both`
+    memory: Callable[[], int]  # bytes beyond the arguments that `both` takes at most
 
 
 def calls_in_jax(tokens: int, implementation: str) -> Calls:
@@ -102,27 +111,15 @@ def calls_in_jax(tokens: int, implementation: str) -> Calls:
         gradients = both(x, weights, params.bias, gradients)
         return gradients
 
-    return Calls(
-        forward=lambda: forward(x, params),
-        both=step,
-        memory=lambda: both.lower(x, weights, params.bias, (x, weights)).compile().memory_analysis(),
-    )
+    def memory() -> int:
+        plan: Any = both.lower(x, weights, params.bias, (x, weights)).compile().memory_analysis()
+        return plan.temp_size_in_bytes + plan.output_size_in_bytes
+
+    return Calls(forward=lambda: forward(x, params), both=step, memory=memory)
 
 
-def in_jax(tokens: int, implementation: str, rounds: int, *, forward_only: bool = False) -> dict[str, float]:
-    """Milliseconds of a forward pass, and of one with the gradients of x and of every parameter."""
-    layer = calls_in_jax(tokens, implementation)
-    times = {"forward": _milliseconds(layer.forward, jax.block_until_ready, rounds)}
-    if forward_only:
-        return times
-    times["forward and backward"] = _milliseconds(layer.both, jax.block_until_ready, rounds)
-    memory = layer.memory()
-    times["peak GB beyond arguments"] = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
-    return times
-
-
-def in_torch(tokens: int, rounds: int) -> tuple[dict[str, dict[str, float]], list[torch.Tensor]]:
-    """The same of a torch layer and of `bridge.moe`, which are compared; and the torch layer's result and gradients."""
+def calls_in_torch(tokens: int) -> tuple[Calls, Calls]:
+    """The same of a plain torch layer and of `bridge.moe`."""
     params = _params()
     copy = lambda a: torch.from_dlpack(a).clone().requires_grad_()
     router, gate_up, down = copy(params.router), copy(params.gate_up), copy(params.down)
@@ -143,25 +140,19 @@ def in_torch(tokens: int, rounds: int) -> tuple[dict[str, dict[str, float]], lis
     def ours() -> torch.Tensor:
         return bridge.moe(x, bridge.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down), CONFIG)[0]
 
-    def both(forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forward().float().square().sum(), (x, router, gate_up, down))
+    def of(layer: Callable[[], torch.Tensor]) -> Calls:
+        def both() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(layer().float().square().sum(), (x, router, gate_up, down))
 
-    timed = functools.partial(_milliseconds, wait=lambda _: torch.cuda.synchronize(), rounds=rounds)
-    found: dict[str, dict[str, float]] = {}
-    for name, forward in {"torch": plain, "jaxmoe through torch": ours}.items():
-        with torch.no_grad():
-            found[name] = {"forward": timed(forward)}
-        found[name]["forward and backward"] = timed(functools.partial(both, forward))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both(forward)
-        found[name]["peak GB beyond arguments"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-    with torch.no_grad():
-        y, y_of_ours = plain(), ours()
-    wants = [y, *both(plain)]
-    found["jaxmoe through torch"]["relative difference"] = difference("bridge.moe", [y_of_ours, *both(ours)], wants)
-    torch.cuda.empty_cache()  # JAX needs the room
-    return found, wants
+        def memory() -> int:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both()
+            return torch.cuda.max_memory_allocated() - before
+
+        return Calls(forward=torch.no_grad()(layer), both=both, memory=memory)
+
+    return of(plain), of(ours)
 
 
 def difference(what: str, gots: Sequence[torch.Tensor], wants: Sequence[torch.Tensor]) -> float:
@@ -192,23 +183,45 @@ def stock(tokens: int) -> dict[str, Any]:
 
 
 def _stock(tokens: int) -> dict[str, Any]:
-    results: dict[str, Any] = in_jax(tokens, "xla", 4, forward_only=True)
+    layer = calls_in_jax(tokens, "xla")
+    timed = functools.partial(in_turns, wait=jax.block_until_ready, rounds=4)
+    results: dict[str, Any] = timed({"forward": layer.forward})
     try:
-        return in_jax(tokens, "xla", 4)
+        return {**results, **timed({"forward and backward": layer.both}), PEAK: layer.memory() / 1e9}
     except jax.errors.JaxRuntimeError as error:
         return {**results, "failed": str(error)[:200]}
 
 
+def _wait(result: Any) -> None:
+    """For what torch or JAX has queued."""
+    if all(isinstance(leaf, torch.Tensor) for leaf in jax.tree.leaves(result)):
+        torch.cuda.synchronize()
+    else:
+        jax.block_until_ready(result)
+
+
+def _results(way: Calls) -> list[torch.Tensor]:
+    found = (way.forward(), way.both())
+    _wait(found)
+    return [torch.from_dlpack(leaf) for leaf in jax.tree.leaves(found)]
+
+
 def measure(tokens: int) -> dict[str, dict[str, float]]:
     """Ours and torch's at one number of tokens, the layers' results compared."""
-    results, wants = in_torch(tokens, ROUNDS)
-    layer = calls_in_jax(tokens, "pallas")
-    dx, weights = layer.both()
-    gots = [torch.from_dlpack(jax.block_until_ready(a)) for a in (layer.forward(), dx, *weights)]
-    error = difference("jaxmoe.moe", gots, wants)
-    del layer, dx, weights, gots, wants  # gigabytes
-    torch.cuda.empty_cache()
-    results["jaxmoe, pallas"] = {**in_jax(tokens, "pallas", ROUNDS), "relative difference": error}
+    plain, through = calls_in_torch(tokens)
+    ways = {"torch": plain, "jaxmoe through torch": through, "jaxmoe, pallas": calls_in_jax(tokens, "pallas")}
+    wants = _results(plain)
+    errors = {name: difference(name, _results(way), wants) for name, way in ways.items() if way is not plain}
+    del wants  # gigabytes
+    forward = in_turns({name: way.forward for name, way in ways.items()}, _wait, ROUNDS)
+    both = in_turns({name: way.both for name, way in ways.items()}, _wait, ROUNDS)
+    results = {
+        name: {"forward": forward[name], "forward and backward": both[name], PEAK: way.memory() / 1e9}
+        for name, way in ways.items()
+    }
+    for name, error in errors.items():
+        results[name]["relative difference"] = error
+    torch.cuda.empty_cache()  # JAX needs the room
     return results
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -40,23 +42,35 @@ def test_calls_of_a_round(seconds: float, calls: int) -> None:
     assert jax_layer.calls_of_a_round(seconds) == calls
 
 
-def test_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round is waited for once, by its last call's result, and the first three do not count."""
+def test_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round is waited for once, by its last call's result, the first three do not count, and ways take turns."""
     now = 0.0
-    made: list[int] = []
-    waited: list[int] = []
+    made: list[str] = []
+    waited: list[str] = []
 
-    def call() -> int:
-        nonlocal now
-        now += 1.0 if len(waited) < 3 else 2.0 if len(waited) < 5 else 0.01
-        made.append(len(made))
-        return made[-1]
+    def way(name: str, *seconds: float) -> Callable[[], str]:
+        """A call of which takes the first for three rounds, then the second for two, then the third."""
+
+        def call() -> str:
+            nonlocal now
+            rounds = sum(of.startswith(name) for of in waited)
+            now += seconds[0 if rounds < 3 else 1 if rounds < 5 else 2]
+            made.append(name)
+            return f"{name}{made.count(name)}"
+
+        return call
 
     monkeypatch.setattr(jax_layer.time, "perf_counter", lambda: now)
-    assert jax_layer._milliseconds(call, waited.append, 2) == 2000.0
-    assert waited == [3, 7, 11, 15, 19]
-    assert jax_layer._milliseconds(call, waited.append, 1) == pytest.approx(10.0)
-    assert np.diff(waited).tolist()[4:] == [4, 5, 5, 5], "as many as take 50 milliseconds"
+    ways = {"a": way("a", 1.0, 2.0, 0.01), "b": way("b", 0.006, 0.006, 0.006)}
+    assert jax_layer.in_turns(ways, waited.append, 2) == pytest.approx({"a": 2000.0, "b": 6.0})
+    assert [of for of in waited if of < "b"] == ["a4", "a8", "a12", "a16", "a20"]
+    of_b = [int(of[1:]) for of in waited if of > "b"]
+    assert np.diff([0, *of_b]).tolist() == [4, 9, 9, 9, 9], "as many as take 50 milliseconds"
+    for turn in range(5):
+        assert {of[0] for of in waited[2 * turn : 2 * turn + 2]} == {"a", "b"}
+    firsts = "".join(of[0] for of in waited[::2])
+    assert set(firsts) == {"a", "b"}, "neither always comes first"
+    assert jax_layer.in_turns({"a": ways["a"]}, waited.append, 1) == pytest.approx({"a": 10.0})
 
 
 def test_layers_that_differ() -> None:
