@@ -22,7 +22,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas.activation import ACTIVATIONS
-from kernels_pallas.launch import HOPPER, iota, launch, load, load_masked, next_power_of_2, room, store, within
+from kernels_pallas.launch import (
+    HOPPER,
+    bounded,
+    iota,
+    launch,
+    load,
+    load_masked,
+    next_power_of_2,
+    room,
+    store,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -143,18 +154,21 @@ def _kernel(
     within_expert = program - count(jnp.where(expert < mine, tiles, 0)) * columns
     tile, column = taking_turns(within_expert, jnp.maximum(mine_tiles, 1), columns, config.together)
     row = jnp.where(column < columns, first + tile * m, end)  # none for a program that is too many
-    column = column * n
+    column = bounded(column, columns - 1) * n
 
-    weight_of = jnp.minimum(mine, num_experts - 1)
+    weight_at = bounded(mine, num_experts - 1) * (width * parts if transposed else depth)  # its first line
 
     def compute(m: int) -> None:
         """The tile's first m rows; it has no others."""
         if slots_ref is None:
-            a_row, held = jnp.minimum(row + iota((m, k), 0), num_rows - 1), None
+            a_row, held = bounded(row + iota((m, k), 0), num_rows - 1), None
         else:
             at = row + iota((m, 1), 0)
             slot = load(slots_ref.at[at], mask=at < end, other=-1)
-            a_row = jnp.broadcast_to(jnp.maximum(slot, 0) // num_slots, (m, k))
+            token = jnp.maximum(slot, 0) // num_slots
+            if isinstance(num_rows, int):  # else how many tokens there are is not known either
+                token = bounded(token, rows_ref.shape[0] - 1)
+            a_row = jnp.broadcast_to(token, (m, k))
             held = jnp.broadcast_to(slot >= 0, (m, k))
         # Gate and up are one tile of weights, side by side, so that a tensor core reads the rows once for both. Another
         # way to write this (//, where) may hide from triton that columns lie side by side: 13 times as slow.
@@ -170,8 +184,8 @@ def _kernel(
             a_mask = held if a_mask is None else a_mask if held is None else a_mask & held
             a = load_masked(rows_ref.at[a_row, a_depth], a_mask)
             mask = within((b_depth, depth, k), (b_column, width, n))
-            where = (b_line, b_depth) if transposed else (b_depth, b_line)
-            return dot_add(a, load_masked(weight_ref.at[weight_of, *where], mask), total)
+            where = (weight_at + b_line, b_depth) if transposed else (weight_at + b_depth, b_line)
+            return dot_add(a, load_masked(weight_ref.at[where], mask), total)
 
         steps = has_expert.astype(jnp.int32) * pl.cdiv(depth, k)
         total = jax.lax.fori_loop(0, steps, step, jnp.zeros((m, wide), jnp.float32))
@@ -229,7 +243,7 @@ def grouped_matmul(
     return launch(
         kernel,
         rows,
-        weight,
+        weight.reshape(-1, weight.shape[2]),
         group_sizes,
         name="grouped_matmul",
         grid=grid_for(num_rows, num_experts, width, config),
@@ -280,7 +294,7 @@ def gated_matmul(
     return launch(
         kernel,
         rows,
-        gate_up,
+        gate_up.reshape(-1, gate_up.shape[2]),
         group_sizes,
         *([] if slots is None else [slots]),
         name="gated_matmul",

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas.grouped_matmul import dot_add
-from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
+from kernels_pallas.launch import bounded, iota, launch, load, load_masked, next_power_of_2, store, within
 
 
 @dataclass(frozen=True)
@@ -68,27 +69,36 @@ def _kernel(
     (programs,) = grid_for(1, left, right, config)
     mine, program = pl.program_id(0) // programs, pl.program_id(0) % programs
     turn = config.together * pl.cdiv(right, n)
-    column_a = (program // turn * config.together + program % config.together) * m
-    column_b = program % turn // config.together * n
+    tile_a = program // turn * config.together + program % config.together
+    tile_b = program % turn // config.together
 
     expert = iota((next_power_of_2(num_experts),), 0)
     sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
-    first = jnp.sum(jnp.where(expert < mine, sizes, 0), axis=0, dtype=jnp.int32)
-    end = jnp.minimum(first + sizes_ref[mine], num_rows)  # whatever the sizes say
+    before, size = jnp.sum(jnp.where(expert < mine, sizes, 0), axis=0, dtype=jnp.int32), sizes_ref[mine]
+    first = bounded(before, num_rows)  # whatever the sizes say
+    count = bounded(size, num_rows - first)
+    # Zero, but a compiler does not know it. Else it sees that the tiles are within their bounds without being told,
+    # leaves these out, and no longer sees it where it counts.
+    nothing = jnp.minimum(size, 0) - jnp.minimum(before, 0)
 
-    @pl.when(column_a < left)
+    @pl.when(tile_a * m < left)
     def _() -> None:
+        column_a = bounded(tile_a + nothing, pl.cdiv(left, m) - 1) * m
+        column_b = bounded(tile_b + nothing, pl.cdiv(right, n) - 1) * n
+        first_a, first_b = first + iota((m, k), 1), first + iota((k, n), 0)
         at_a, at_b = column_a + iota((m, k), 0), column_b + iota((k, n), 1)
 
         def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            row_a, row_b = first + i * k + iota((m, k), 1), first + i * k + iota((k, n), 0)
+            in_a, in_b = i * k + iota((m, k), 1), i * k + iota((k, n), 0)
+            row_a, row_b = first_a + i * k, first_b + i * k
             inside_a, inside_b = within((at_a, left, m)), within((at_b, right, n))
-            mask_a, mask_b = row_a < end, row_b < end
+            mask_a, mask_b = in_a < count, in_b < count
             a = load_masked(a_ref.at[row_a, at_a], mask_a if inside_a is None else mask_a & inside_a)
             b = load_masked(b_ref.at[row_b, at_b], mask_b if inside_b is None else mask_b & inside_b)
             return dot_add(a, b, total)
 
-        total = jax.lax.fori_loop(0, (end - first + (k - 1)) // k, step, jnp.zeros((m, n), jnp.float32))
+        steps = jax.lax.div(bounded(count, num_rows) + (k - 1), np.int32(k))
+        total = jax.lax.fori_loop(0, steps, step, jnp.zeros((m, n), jnp.float32))
         out_a, out_b = column_a + iota((m, n), 0), column_b + iota((m, n), 1)
         where = out_ref.at[mine, out_a, out_b]
         store(where, total.astype(out_ref.dtype), mask=within((out_a, left, m), (out_b, right, n)))

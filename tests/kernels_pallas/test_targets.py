@@ -75,6 +75,20 @@ def test_products_load_16_bytes_at_a_time(name: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "name", [name for name in BY_NAME if re.match(r"(gated_matmul|grouped_).*float16(?!.*rag)", name)]
+)
+def test_loops_move_addresses(name: str) -> None:
+    """Where a compiler sees that no index wraps: else a step widens one for every 16 bytes. See `launch.bounded`."""
+    for kernel in BY_NAME[name].lower("sm_90"):
+        ptx = compile_kernel(kernel, "sm_90").asm["ptx"]
+        loops = re.findall(r"^(\$L__BB\w+):((?:(?!^\$L__BB).)*?)bra \t?\1;", ptx, re.S | re.M)
+        products = [body for _, body in loops if "mma" in body and "cp.async" in body]
+        assert products
+        assert all(len(re.findall(r"\bm(?:ul|ad)\.wide\.", body)) <= 1 for body in products)
+
+
+@needs_triton
 def test_triton_knows_a_kernel_again() -> None:
     """By what it is, wherever the file lay: then its code comes from triton's own cache."""
     (kernel,) = BY_NAME["combine bfloat16"].lower("sm_90")
