@@ -152,6 +152,7 @@ def calls_in_torch(tokens: int) -> tuple[Calls, Calls]:
 
         return Calls(forward=torch.no_grad()(layer), both=both, memory=memory)
 
+    torch.cuda.synchronize()  # what was copied goes back to JAX, which minds no stream of torch's
     return of(plain), of(ours)
 
 
@@ -221,7 +222,7 @@ def measure(tokens: int) -> dict[str, dict[str, float]]:
     }
     for name, error in errors.items():
         results[name]["relative difference"] = error
-    torch.cuda.empty_cache()  # JAX needs the room
+    torch.cuda.empty_cache()  # the next number of tokens needs the room, in JAX too
     return results
 
 

@@ -342,6 +342,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _gated_grad("gelu, float32, ragged width, over 2**31 elements", F32, 2**21, 1001, "gelu"),
     _gated_grad("gelu_tanh, float16", F16, 777, 300, "gelu_tanh", scaled=True),
     _outer("bfloat16", BF16, 32768, 32),
+    _outer("bfloat16, of down", BF16, 32768, 32, 2048, 7168),
     _outer("bfloat16, few rows", BF16, 512, 32),
     _outer("float32, ragged sizes", F32, 777, 7, 1001, 333),
 )

@@ -139,8 +139,8 @@ def _kernel(
     columns, program = pl.cdiv(width, n), pl.program_id(0)
 
     expert = iota((next_power_of_2(num_experts),), 0)
-    # No more than there are: of sizes whose sum is too large no number here may wrap.
-    sizes = jnp.minimum(load(sizes_ref.at[expert], mask=expert < num_experts, other=0), num_rows)
+    # No more than there are, and none negative: whatever the sizes say, nothing is read or written elsewhere.
+    sizes = bounded(load(sizes_ref.at[expert], mask=expert < num_experts, other=0), num_rows)
     tiles = (sizes + (m - 1)) // m
     count = functools.partial(jnp.sum, axis=0, dtype=jnp.int32)
     before = jnp.cumsum(tiles, axis=0, dtype=jnp.int32) <= jax.lax.div(program, np.int32(columns))

@@ -69,22 +69,18 @@ def _kernel(
     (programs,) = grid_for(1, left, right, config)
     mine, program = pl.program_id(0) // programs, pl.program_id(0) % programs
     turn = config.together * pl.cdiv(right, n)
-    tile_a = program // turn * config.together + program % config.together
-    tile_b = program % turn // config.together
+    column_a = (program // turn * config.together + program % config.together) * m
+    column_b = program % turn // config.together * n
 
     expert = iota((next_power_of_2(num_experts),), 0)
     sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
     before, size = jnp.sum(jnp.where(expert < mine, sizes, 0), axis=0, dtype=jnp.int32), sizes_ref[mine]
     first = bounded(before, num_rows)  # whatever the sizes say
     count = bounded(size, num_rows - first)
-    # Zero, but a compiler does not know it. Else it sees that the tiles are within their bounds without being told,
-    # leaves these out, and no longer sees it where it counts.
-    nothing = jnp.minimum(size, 0) - jnp.minimum(before, 0)
 
-    @pl.when(tile_a * m < left)
+    @pl.when(column_a < left)
     def _() -> None:
-        column_a = bounded(tile_a + nothing, pl.cdiv(left, m) - 1) * m
-        column_b = bounded(tile_b + nothing, pl.cdiv(right, n) - 1) * n
+        # Added up in another order, XLA's LLVM does not move addresses (`bounded`).
         first_a, first_b = first + iota((m, k), 1), first + iota((k, n), 0)
         at_a, at_b = column_a + iota((m, k), 0), column_b + iota((k, n), 1)
 
@@ -97,7 +93,7 @@ def _kernel(
             b = load_masked(b_ref.at[row_b, at_b], mask_b if inside_b is None else mask_b & inside_b)
             return dot_add(a, b, total)
 
-        steps = jax.lax.div(bounded(count, num_rows) + (k - 1), np.int32(k))
+        steps = jax.lax.div(count + (k - 1), np.int32(k))
         total = jax.lax.fori_loop(0, steps, step, jnp.zeros((m, n), jnp.float32))
         out_a, out_b = column_a + iota((m, n), 0), column_b + iota((m, n), 1)
         where = out_ref.at[mine, out_a, out_b]

@@ -443,6 +443,22 @@ def test_grouped_matmul(counts: tuple[int, ...], transposed: bool, emulator: Emu
     oracle.same(array(grad.mT if transposed else grad), products, rtol=rounding(BF16)["rtol"], atol=1e-4)
 
 
+WRONG = [(-2, 3, 3), (3, -20, 5), (-(2**31), 2**31 - 1, 1), (9, 9, 9), (2**30, 2**30, 7), (2**31 - 1,) * 3]
+
+
+@pytest.mark.parametrize("counts", WRONG, ids=str)
+def test_wrong_sizes_reach_no_other_memory(counts: tuple[int, ...], emulator: Emulator) -> None:
+    """Whatever sizes say, the emulator meets no address outside, and every weight has some gradient."""
+    held, up = (emulator.put(normal(i, 12, width, dtype=BF16)) for i, width in ((0, 40), (1, 48)))
+    weight, sizes = emulator.put(normal(2, 3, 40, 48, dtype=BF16)), emulator.put(np.array(counts, np.int32))
+    grad, slots = emulator.empty(3, 40, 48, dtype=torch.bfloat16), emulator.put(np.arange(12, dtype=np.int32))
+    experts.grouped_matmul(held, weight, sizes, emulator.empty(12, 48, dtype=torch.bfloat16))
+    hidden = emulator.empty(12, 24, dtype=torch.bfloat16)
+    experts.gated_matmul(held, weight, sizes, "silu", hidden, slots=slots, num_slots=1)
+    experts.grouped_outer(held, up, sizes, grad)
+    assert not grad.isnan().any()
+
+
 @pytest.mark.parametrize("last", [140, 2**30], ids=["", "more rows than there are"])
 def test_products_in_parts(last: int, emulator: Emulator) -> None:
     """More tiles of an expert's rows than take turns together, in whole tiles of columns; programs that are too many.

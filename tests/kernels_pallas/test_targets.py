@@ -76,15 +76,20 @@ def test_products_load_16_bytes_at_a_time(name: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name", [name for name in BY_NAME if re.match(r"(gated_matmul|grouped_).*float16(?!.*rag)", name)]
+    "name", [name for name in BY_NAME if re.match(r"(gated_matmul|grouped_).*float16(?!.*ragged)", name)]
 )
 def test_loops_move_addresses(name: str) -> None:
-    """Where a compiler sees that no index wraps: else a step widens one for every 16 bytes. See `launch.bounded`."""
+    """Where a compiler sees that no index wraps: else a step widens one for every 16 bytes. See `launch.bounded`.
+
+    It counts most in XLA's build, which this is not: its LLVM sees somewhat less.
+    """
     for kernel in BY_NAME[name].lower("sm_90"):
         ptx = compile_kernel(kernel, "sm_90").asm["ptx"]
         loops = re.findall(r"^(\$L__BB\w+):((?:(?!^\$L__BB).)*?)bra \t?\1;", ptx, re.S | re.M)
         products = [body for _, body in loops if "mma" in body and "cp.async" in body]
-        assert products
+        assert len(products) == (
+            len(set(re.findall(r"wgmma\.mma_async\S+", ptx))) or 1
+        )  # low last tiles have their own
         assert all(len(re.findall(r"\bm(?:ul|ad)\.wide\.", body)) <= 1 for body in products)
 
 
