@@ -117,7 +117,7 @@ def dispatch(
     if path.takes_ops(x, implementation):
         _check_plan(plan)
         if out is None:
-            return ops.dispatch(x, plan.rows, plan.slots)
+            return path.at_once(ops.dispatch, x, plan.rows, plan.slots)
         _check_tensor("out", out)
         ops.dispatch_out(x, plan.rows, plan.slots, out)
         return out
@@ -160,7 +160,7 @@ def combine(
         _check_plan(plan)
         _check_tensor("weights", weights)
         if out is None:
-            return ops.combine(rows, plan.rows, plan.slots, weights)
+            return path.at_once(ops.combine, rows, plan.rows, plan.slots, weights)
         _check_tensor("out", out)
         ops.combine_out(rows, plan.rows, plan.slots, weights, out)
         return out

@@ -55,7 +55,7 @@ def experts(
         _check_tensors(arguments)
         if not isinstance(activation, str):
             raise ValueError(f"activation: expected a string, got {type(activation).__name__}")
-        return ops.experts(rows, gate_up, down, group_sizes, activation)
+        return path.at_once(ops.experts, rows, gate_up, down, group_sizes, activation)
     transposed = _is_view(gate_up) and _is_view(down)
     if transposed:
         arguments |= {"gate_up": gate_up.mT, "down": down.mT}
@@ -92,7 +92,7 @@ def grouped_matmul(
     arguments = {"rows": rows, "weight": weight, "group_sizes": group_sizes}
     if path.takes_ops(rows, implementation):
         _check_tensors(arguments)
-        return ops.grouped_matmul(rows, weight, group_sizes)
+        return path.at_once(ops.grouped_matmul, rows, weight, group_sizes)
     transposed = _is_view(weight)
     if transposed:
         arguments["weight"] = weight.mT

@@ -92,5 +92,6 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     inner = half("params.gate_up", params.gate_up.shape[2])
     check("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
     valid, number = check_count(num_valid_tokens, "x", x)
-    y, *routing = ops.moe(x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json)
+    arguments = x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json
+    y, *routing = path.at_once(ops.moe, *arguments)
     return y, Routing(*routing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +12,33 @@ from torch.autograd import forward_ad
 from bridge.native.build import target_of
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Private, both; without them what they save is not saved, and a function transform is not noticed here.
+_below_autograd: Callable[[], Any] = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 
 
 def is_eager(*tensors: torch.Tensor | None) -> bool:
     """Whether a call on these tensors is run as it comes, and nobody asks for their gradients.
 
     Then results can be allocated here and filled in place, which saves what torch does around an op that has a gradient
-    (20 microseconds). Not while torch traces, and not where tangents are carried along (torch.autograd.forward_ad).
+    (20 microseconds). Not while torch traces, not where tangents are carried along (torch.autograd.forward_ad), and not
+    within torch.func's transforms, whose tensors look like any other.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _transform() is not None:
         return False
     with_gradients = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or (with_gradients and tensor.requires_grad)):
             return False
     return True
+
+
+def at_once(op: Callable[..., Any], *args: Any) -> Any:
+    """op(*args), past what torch does around an op that has a gradient where nobody asks for one (`is_eager`)."""
+    if is_eager(*(arg for arg in args if isinstance(arg, torch.Tensor))):
+        with _below_autograd():
+            return op(*args)
+    return op(*args)
 
 
 _runs_natively: dict[int, bool] = {}  # by device

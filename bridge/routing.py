@@ -159,7 +159,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, *, implementation: str 
     if path.takes_ops(x, implementation):
         if not isinstance(weight, torch.Tensor):
             raise ValueError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
-        return ops.router_logits(x, weight)
+        return path.at_once(ops.router_logits, x, weight)
     arguments = {"x": x, "weight": weight}
     return call(jaxmoe.router_logits, arguments, {"implementation": implementation}, strided=("x",))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import PAST_CACHE, iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import PAST_CACHE, iota, launch, load, next_power_of_2, remembered, store
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Config:
     once: bool = False  # rows that have been read, and sums, leave the cache first, and rows still to be read stay
 
 
+@remembered
 def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     itemsize = jnp.dtype(dtype).itemsize
@@ -30,6 +31,7 @@ def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: 
     return Config(columns=columns, num_warps=1, by_token=num_tokens > 512, once=once)
 
 
+@remembered
 def grid_for(num_tokens: int, width: int, config: Config) -> tuple[int, int]:
     """The programs of the launch."""
     tiles = pl.cdiv(width, config.columns)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import CACHED, PAST_CACHE, iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import CACHED, PAST_CACHE, iota, launch, load, next_power_of_2, remembered, store
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Config:
     num_warps: int
 
 
+@remembered
 def config_for(num_rows: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     itemsize = jnp.dtype(dtype).itemsize
@@ -32,6 +33,7 @@ def config_for(num_rows: int, width: int, dtype: Any, target: str) -> Config:
     return Config(columns=columns, clear_rows=64, num_warps=1 if one_warp else max(1, min(4, columns // 256)))
 
 
+@remembered
 def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int]:
     """The programs of the launch: one for each token's columns after another, then those that clear."""
     return (num_tokens * pl.cdiv(width, config.columns) + pl.cdiv(num_rows, config.clear_rows),)

@@ -30,6 +30,7 @@ from kernels_pallas.launch import (
     load,
     load_masked,
     next_power_of_2,
+    remembered,
     room,
     store,
     within,
@@ -51,6 +52,7 @@ class Config:
         return (self.rows + parts * self.columns) * self.depth * itemsize
 
 
+@remembered
 def config_for(
     num_rows: int,
     num_experts: int,
@@ -89,6 +91,7 @@ def config_for(
     )
 
 
+@remembered
 def grid_for(num_rows: int, num_experts: int, width: int, config: Config) -> tuple[int]:
     """The programs of the launch: the most tiles of rows that there can be, times the tiles of columns."""
     groups = min(num_experts + 1, num_rows)  # that are not empty; rows behind the last group are one

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas.grouped_matmul import dot_add
-from kernels_pallas.launch import bounded, iota, launch, load, load_masked, next_power_of_2, store, within
+from kernels_pallas.launch import bounded, iota, launch, load, load_masked, next_power_of_2, remembered, store, within
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Config:
     num_stages: int
 
 
+@remembered
 def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     if dtype == jnp.float32:  # without tensor cores
@@ -47,6 +48,7 @@ def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: An
     )
 
 
+@remembered
 def grid_for(num_experts: int, left: int, right: int, config: Config) -> tuple[int]:
     """The programs of the launch: one for each tile of each expert's result, those of an expert in a run."""
     left_tiles = pl.cdiv(pl.cdiv(left, config.left), config.together) * config.together

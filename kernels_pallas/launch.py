@@ -62,6 +62,10 @@ def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
     return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
 
 
+# Around what follows from shapes alone, and each launch from torch asks for again: pl.cdiv takes a microsecond.
+remembered = functools.lru_cache(maxsize=1024)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n = 0): every Triton tensor has such sides."""
     return 1 << max(n - 1, 0).bit_length()

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, remembered, store
 
 BLOCK = 1024  # pairs of a program
 
 
+@remembered
 def grid_for(num_items: int) -> tuple[int]:
     """One program for each block of pairs; the first also adds up the experts' sizes."""
     return (pl.cdiv(num_items, BLOCK),)

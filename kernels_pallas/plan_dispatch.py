@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import plan_forms as forms
 from kernels_pallas.counting import BITS, LOW, STRIP, histogram, places, tally
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, remembered, store
 from kernels_pallas.plan_owned import plan_kernel
 
 NAMES = ("plan_dispatch", "plan_count", "plan_place")  # of the kernels: the one launch, or the two
@@ -47,6 +47,7 @@ class Config:
         return self.words > 0
 
 
+@remembered
 def config_for(num_items: int, num_experts: int, target: str) -> Config:
     """Which way and tile to use for these shapes on this target ("cuda" or "rocm")."""
     experts = next_power_of_2(num_experts)

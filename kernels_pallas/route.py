@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import divmod_by, iota, launch, load_masked, next_power_of_2, store
+from kernels_pallas.launch import divmod_by, iota, launch, load_masked, next_power_of_2, remembered, store
 from kernels_pallas.layout import Layout, Load, LoadRows, load_flat
 from kernels_pallas.quick import by_bits, layout_for, offsets, on_scale, quick_choice
 from kernels_pallas.rule import Rule
@@ -61,6 +61,7 @@ SHARED = (
 )
 
 
+@remembered
 def config_for(num_tokens: int, num_experts: int, num_slots: int, target: str) -> Config:
     """How to share out tokens on this target ("cuda" or "rocm").
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, store, within
+from kernels_pallas.launch import iota, launch, load, load_masked, next_power_of_2, remembered, store, within
 
 MOST_SLICES = 32
 SUMMED = 16  # slices at a time
@@ -50,6 +50,7 @@ def kind_of(x: Any, weight: Any) -> str:
     return "parts" if {jnp.dtype(x), jnp.dtype(weight)} == {jnp.dtype(t) for t in ("bfloat16", "float32")} else "exact"
 
 
+@remembered
 def config_for(num_tokens: int, num_experts: int, width: int, kind: str, target: str) -> Config:
     """Which tile to use on this target ("cuda" or "rocm")."""
     if num_tokens == 1:
@@ -83,6 +84,7 @@ def side(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
+@remembered
 def slices_for(num_tokens: int, num_experts: int, width: int, config: Config) -> int:
     """Into how many slices to cut H. With 1 there is one launch, with more there are two."""
     tiles = pl.cdiv(num_tokens, config.tokens) * pl.cdiv(num_experts, config.experts)
@@ -96,11 +98,13 @@ def cut(steps: int, tiles: int, programs: int) -> int:
     return pl.cdiv(steps, pl.cdiv(steps, min(MOST_SLICES, programs // tiles)))
 
 
+@remembered
 def steps_for(width: int, slices: int, config: Config) -> int:
     """How many steps a slice takes; the last one may take fewer."""
     return pl.cdiv(pl.cdiv(width, config.depth), slices)
 
 
+@remembered
 def grid_for(num_tokens: int, num_experts: int, slices: int, config: Config) -> tuple[int, int]:
     """The programs of the launch."""
     return pl.cdiv(num_tokens, config.tokens) * pl.cdiv(num_experts, config.experts), slices

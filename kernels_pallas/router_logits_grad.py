@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load_masked, store, within
+from kernels_pallas.launch import iota, launch, load_masked, remembered, store, within
 from kernels_pallas.router_logits import add_dot, cut, kind_of, router_logits_sum, side
 
 
@@ -35,6 +35,7 @@ class Config:
         return self.depth * (4 * self.rows + itemsize * self.columns)
 
 
+@remembered
 def config_for(num_experts: int, width: int, dtype: Any, target: str, *, by_token: bool) -> Config:
     """Which tile to use on this target ("cuda" or "rocm"), where grad is multiplied with this dtype.
 
@@ -57,17 +58,20 @@ def config_for(num_experts: int, width: int, dtype: Any, target: str, *, by_toke
     )
 
 
+@remembered
 def slices_for(num_tokens: int, num_experts: int, width: int, config: Config) -> int:
     """Into how many slices of tokens to cut the gradient of the weight. With 1 there is one launch, with more two."""
     tiles, _ = grid_for(num_experts, width, 1, config)
     return cut(pl.cdiv(num_tokens, config.depth), tiles, config.programs)
 
 
+@remembered
 def steps_for(num_tokens: int, slices: int, config: Config) -> int:
     """How many steps a slice takes; the last one may take fewer."""
     return pl.cdiv(pl.cdiv(num_tokens, config.depth), slices)
 
 
+@remembered
 def grid_for(rows: int, columns: int, slices: int, config: Config) -> tuple[int, int]:
     """The programs of a launch whose result is [rows, columns]."""
     return pl.cdiv(rows, config.rows) * pl.cdiv(columns, config.columns), slices

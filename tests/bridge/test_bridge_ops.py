@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import bridge
+from bridge import path
 from bridge.ops import weighted_experts as ops
 
 CONFIG = bridge.RoutingConfig(num_experts=16, top_k=3, n_group=4, topk_group=2, n_shared_experts=1)
@@ -360,6 +362,45 @@ def test_wrong_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "how", ["no_grad", "nothing asks for one", "gradients", "inference", "tangents", "torch.func", "a subclass"]
+)
+def test_what_is_run_past_autograd(how: str) -> None:
+    """Where nobody asks for a gradient, in one form or another; results are the same either way."""
+    x, router = normal(T, H, grad=True), torch.nn.Parameter(normal(16, H, seed=1))
+    past: list[bool] = []
+
+    def op(*args: torch.Tensor) -> torch.Tensor:
+        key = torch._C.DispatchKey.AutogradFunctionality
+        past.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
+        return (
+            OPS.router_logits(*args) if how != "torch.func" else args[0] @ args[1].T
+        )  # torch has no such rule for ops
+
+    run, plain = functools.partial(path.at_once, op), (x.detach(), router.detach())
+    if how == "no_grad":
+        with torch.no_grad():
+            got = run(x, router)
+    elif how == "inference":
+        with torch.inference_mode():
+            got = run(x, router)
+    elif how == "nothing asks for one":
+        got = run(*plain)
+    elif how == "gradients":
+        got = run(x, plain[1])
+        assert got.grad_fn is not None
+    elif how == "tangents":
+        with torch.autograd.forward_ad.dual_level():
+            got = run(*plain)
+    elif how == "torch.func":
+        got = torch.func.vmap(lambda row: run(row[None], plain[1])[0])(plain[0])
+    else:
+        mine = plain[0].as_subclass(type("Mine", (torch.Tensor,), {}))
+        got = run(mine, plain[1]).as_subclass(torch.Tensor)
+    assert past == [how in ("no_grad", "inference", "nothing asks for one")]
+    torch.testing.assert_close(got.detach(), OPS.router_logits(*plain))
 
 
 def test_fake_tensors() -> None:
