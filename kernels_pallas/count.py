@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import add_at, iota, launch, load, next_power_of_2, remembered
+from kernels_pallas.launch import add_at, iota, launch, load, next_power_of_2
 
 BLOCK, TILE = 64, 64  # pairs of one step, ids of one program
 PROGRAMS = 128  # along the pairs, at most
@@ -28,7 +28,6 @@ def _kernel(experts_ref: Any, _: Any, load_ref: Any, *, num_ids: int, tile: int,
     add_at(load_ref, jnp.minimum(index, num_ids - 1), jnp.where(index < num_ids, total, 0))
 
 
-@remembered
 def shape_for(num_items: int, num_ids: int) -> tuple[tuple[int, int], dict[str, int]]:
     """(the grid, the sizes) of the launch."""
     steps = pl.cdiv(pl.cdiv(num_items, BLOCK), PROGRAMS)

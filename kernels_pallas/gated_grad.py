@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.activation import ACTIVATIONS, SLOPES
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, remembered, store
+from kernels_pallas.launch import iota, launch, load, next_power_of_2, store
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Config:
     num_warps: int
 
 
-@remembered
 def config_for(width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for rows of this width on this target ("cuda" or "rocm")."""
     del target

@@ -76,9 +76,8 @@ def _kernel(
 
     expert = iota((next_power_of_2(num_experts),), 0)
     sizes = load(sizes_ref.at[expert], mask=expert < num_experts, other=0)
-    before, size = jnp.sum(jnp.where(expert < mine, sizes, 0), axis=0, dtype=jnp.int32), sizes_ref[mine]
-    first = bounded(before, num_rows)  # whatever the sizes say
-    count = bounded(size, num_rows - first)
+    first = bounded(jnp.sum(jnp.where(expert < mine, sizes, 0), axis=0, dtype=jnp.int32), num_rows)
+    count = bounded(sizes_ref[mine], num_rows - first)  # whatever the sizes say
 
     @pl.when(column_a < left)
     def _() -> None:

@@ -62,7 +62,8 @@ def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
     return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
 
 
-# Around what follows from shapes alone, and each launch from torch asks for again: pl.cdiv takes a microsecond.
+# Around what follows from shapes alone, and each launch from torch asks for again: pl.cdiv takes a microsecond. What is
+# remembered is shared, so nothing that can be written to.
 remembered = functools.lru_cache(maxsize=1024)
 
 

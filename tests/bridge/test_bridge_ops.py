@@ -375,9 +375,8 @@ def test_what_is_run_past_autograd(how: str) -> None:
     def op(*args: torch.Tensor) -> torch.Tensor:
         key = torch._C.DispatchKey.AutogradFunctionality
         past.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
-        return (
-            OPS.router_logits(*args) if how != "torch.func" else args[0] @ args[1].T
-        )  # torch has no such rule for ops
+        # torch.func has no rule for such ops
+        return args[0] @ args[1].T if how == "torch.func" else OPS.router_logits(*args)
 
     run, plain = functools.partial(path.at_once, op), (x.detach(), router.detach())
     if how == "no_grad":
