@@ -49,20 +49,20 @@ def test_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[str] = []
 
     def way(name: str, *seconds: float) -> Callable[[], str]:
-        """A call of which takes the first for three rounds, then the second for two, then the third."""
+        """A call of which takes these, round after round, the last from then on."""
 
         def call() -> str:
             nonlocal now
             rounds = sum(of.startswith(name) for of in waited)
-            now += seconds[0 if rounds < 3 else 1 if rounds < 5 else 2]
+            now += seconds[min(rounds, len(seconds) - 1)]
             made.append(name)
             return f"{name}{made.count(name)}"
 
         return call
 
     monkeypatch.setattr(jax_layer.time, "perf_counter", lambda: now)
-    ways = {"a": way("a", 1.0, 2.0, 0.01), "b": way("b", 0.006, 0.006, 0.006)}
-    assert jax_layer.in_turns(ways, waited.append, 2) == pytest.approx({"a": 2000.0, "b": 6.0})
+    ways = {"a": way("a", 1.0, 1.0, 1.0, 2.0, 3.0, 0.01), "b": way("b", 0.006)}
+    assert jax_layer.in_turns(ways, waited.append, 2) == pytest.approx({"a": 2500.0, "b": 6.0})
     assert [of for of in waited if of < "b"] == ["a4", "a8", "a12", "a16", "a20"]
     of_b = [int(of[1:]) for of in waited if of > "b"]
     assert np.diff([0, *of_b]).tolist() == [4, 9, 9, 9, 9], "as many as take 50 milliseconds"
