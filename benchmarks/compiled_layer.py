@@ -15,6 +15,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 DEVICE = """
 gpu_device_info {
@@ -28,6 +29,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+MULTIPROCESSORS = 132  # its core_count
 
 
 def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
@@ -43,6 +45,7 @@ def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
 
     import jaxmoe
     from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, WIDTH
+    from kernels_pallas import grouped_matmul_grad_hopper as hopper
 
     options = {"topology_name": "", "platform": "cuda", "target_config": DEVICE, "topology": "1x1x1"}
     device: Any = topologies.get_topology_desc(**options).devices[0]
@@ -59,7 +62,8 @@ def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
     loss = lambda *args: jnp.sum(layer(*args).astype(jnp.float32) ** 2)
     function = layer if forward else jax.grad(loss, argnums=(0, 1))
     kind = AbstractDevice(device_kind=device.device_kind, platform="cuda", num_cores=None)
-    with folder, use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+    described = mock.patch.object(hopper, "multiprocessors", lambda: MULTIPROCESSORS)  # which asks this machine's GPU
+    with folder, described, use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         compiled = jax.jit(function).trace(x, weights, bias).lower(lowering_platforms=("cuda",)).compile()
         (launches,) = Path(folder.name).glob("*thunk_sequence_after_thunk_passes.txt")
         return launches.read_text(), compiled.memory_analysis()

@@ -12,6 +12,7 @@ import numpy as np
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
 from jaxmoe.implementation import check_implementation, compiled, run
+from kernels_pallas import grouped_matmul_grad_hopper as hopper
 from kernels_pallas.grouped_matmul import grouped_matmul as matmul_kernel
 from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
 
@@ -28,6 +29,14 @@ def product(
     return run(implementation, kernels, plain, rows, weight, group_sizes)
 
 
+def _outer_kernels(a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, target: str, interpret: bool) -> jax.Array:
+    """By the copy engine on a Hopper GPU where there is a tile for these shapes, else Triton's."""
+    programs = hopper.multiprocessors() if target == "cuda" and not interpret else 0
+    if programs and hopper.config_for(a.shape[0], group_sizes.shape[0], a.shape[1], b.shape[1], a.dtype):
+        return hopper.grouped_outer(a, b, group_sizes, programs=programs)
+    return outer_kernel(a, b, group_sizes, target=target, interpret=interpret)
+
+
 def outer(
     implementation: str | None, a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, transposed: bool
 ) -> jax.Array:
@@ -36,7 +45,7 @@ def outer(
         a, b = b, a
     if 0 in (*a.shape, *b.shape):
         return jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), a.dtype)
-    return run(implementation, outer_kernel, reference.grouped_outer, a, b, group_sizes)
+    return run(implementation, _outer_kernels, reference.grouped_outer, a, b, group_sizes)
 
 
 def no_gradient(group_sizes: jax.Array) -> Any:

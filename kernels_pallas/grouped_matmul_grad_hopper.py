@@ -1,0 +1,218 @@
+"""The gradient of grouped matmul's weights on NVIDIA Hopper, for JAX: `grouped_matmul_grad` by the copy engine (TMA).
+
+The one kernel on Pallas' Mosaic GPU backend, which can say what Triton's cannot: a program stays on its multiprocessor
+and takes tile after tile. One of its three warpgroups loads, as far ahead as there is room, past the end of a tile; the
+other two multiply, and hand their results to the copy engine. So no tile waits for its first loads, nor for the store
+of the one before.
+
+The engine copies 64 rows that begin at a multiple of eight, whatever group they belong to. Of each group the first and
+the last 64 may hold others' rows, so these come from copies of them made beforehand, with zeros for those rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from kernels_pallas.launch import remembered
+
+LOADER = 2  # the warpgroup that loads; 0 and 1 multiply
+BLOCK, LINE = 64, 8  # rows of a copy, and what it begins at a multiple of: the engine's tile is LINE rows of 128 bytes
+
+
+@dataclass(frozen=True)
+class Config:
+    left: int  # columns of a in one tile
+    right: int  # columns of b
+    together: int  # tiles of a that go through b's side by side, and so share b in the L2 cache
+    num_stages: int  # blocks of rows that are loaded ahead
+    stores: int = 2  # pieces of a result, 64 x 64, that a warpgroup has on their way
+
+
+@remembered
+def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: Any) -> Config | None:
+    """Which tile to use for these shapes; None where there is none, or with too few rows to have been tried."""
+    if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % LINE or num_rows < 128 * num_experts:
+        return None
+    wide, high = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4)  # measured on an H200
+    return next((c for c in (wide, high) if left % c.left == 0 and right % c.right == 0), None)
+
+
+def multiprocessors() -> int:
+    """Those of this process' GPU if it is one of Hopper's, else 0."""
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # no such GPU here
+        return 0
+    return int(device.core_count) if device.compute_capability == "9.0" else 0
+
+
+def edges(x: jax.Array, starts: jax.Array, ends: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    """[2 * E, BLOCK, width]: of each group the blocks that begin at `first` and `last`, zeros for rows of others."""
+    rows = jnp.stack([first, last], axis=1)[:, :, None] + jnp.arange(BLOCK, dtype=jnp.int32)
+    inside = (rows >= starts[:, None, None]) & (rows < ends[:, None, None])
+    blocks = jnp.where(inside[..., None], x[jnp.clip(rows, 0, x.shape[0] - 1)], jnp.zeros((), x.dtype))
+    return blocks.reshape(-1, BLOCK, x.shape[1])
+
+
+def blocks(start: Any, end: Any) -> tuple[Any, Any]:
+    """(the row at which the first block of a group begins, how many blocks it has)."""
+    first = jax.lax.div(start, np.int32(LINE)) * LINE
+    return first, jnp.where(end > start, jax.lax.div(end - first + (BLOCK - 1), np.int32(BLOCK)), 0)
+
+
+def tile(number: Any, tiles_a: int, tiles_b: int, together: int) -> tuple[Any, Any, Any]:
+    """(expert, tile of a's columns, of b's) of this number, of tiles_a * tiles_b for each expert."""
+    div, rem = (lambda x, y, op=op: op(x, np.int32(y)) for op in (jax.lax.div, jax.lax.rem))
+    within = rem(number, tiles_a * tiles_b)
+    above, within = div(within, together * tiles_b) * together, rem(within, together * tiles_b)
+    here = jnp.minimum(tiles_a - above, together)
+    return div(number, tiles_a * tiles_b), above + jax.lax.rem(within, here), jax.lax.div(within, here)
+
+
+def _kernel(*refs: Any, config: Config, num_experts: int, left: int, right: int, programs: int) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    a_ref, b_ref, a_edges_ref, b_edges_ref, starts_ref, ends_ref, out_ref, a_smem, b_smem, out_smem, full, empty = refs
+    m, n, tiles_a, tiles_b = config.left, config.right, left // config.left, right // config.right
+    warpgroup, program = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("program")
+    tiles = num_experts * tiles_a * tiles_b
+    mine = jax.lax.div(tiles - program + (programs - 1), np.int32(programs))
+
+    def place(i: Any) -> tuple[Any, ...]:
+        """(expert, first columns of a and of b, first row and that behind the last) of my tile i."""
+        expert, tile_a, tile_b = tile(program + i * programs, tiles_a, tiles_b, config.together)
+        return expert, tile_a * m, tile_b * n, starts_ref[expert], ends_ref[expert]
+
+    def stage(step: Any) -> Any:
+        return jax.lax.rem(step, np.int32(config.num_stages))
+
+    @pl.when(warpgroup == LOADER)
+    def load() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def load_tile(i: Any, done: Any) -> Any:
+            expert, column_a, column_b, start, end = place(i)
+            first, steps = blocks(start, end)
+
+            def step(j: Any, done: Any) -> Any:
+                at = stage(done)
+
+                pl.when(done >= config.num_stages)(lambda: plgpu.barrier_wait(empty.at[at]))
+
+                def copy(a: Any, b: Any) -> None:
+                    plgpu.copy_gmem_to_smem(a.at[:, pl.ds(column_a, m)], a_smem.at[at], full.at[at])
+                    plgpu.copy_gmem_to_smem(b.at[:, pl.ds(column_b, n)], b_smem.at[at], full.at[at])
+
+                row = pl.multiple_of(first + j * BLOCK, LINE)
+                whole = (row >= start) & (row + BLOCK <= end)
+                edge = 2 * expert + (j > 0).astype(jnp.int32)
+                pl.when(whole)(lambda: copy(a_ref.at[pl.ds(row, BLOCK)], b_ref.at[pl.ds(row, BLOCK)]))
+                pl.when(jnp.logical_not(whole))(lambda: copy(a_edges_ref.at[edge], b_edges_ref.at[edge]))
+                return done + 1
+
+            return jax.lax.fori_loop(0, steps, step, done)
+
+        jax.lax.fori_loop(0, mine, load_tile, jnp.int32(0))
+
+    @pl.when(warpgroup != LOADER)
+    def compute() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        half = pl.ds(warpgroup * (m // 2), m // 2)
+
+        def compute_tile(i: Any, done: Any) -> Any:
+            expert, column_a, column_b, start, end = place(i)
+            _, steps = blocks(start, end)
+
+            def multiply(total: Any) -> Any:
+                def step(j: Any, _: None) -> None:
+                    at = stage(done + j)
+                    plgpu.barrier_wait(full.at[at])
+                    plgpu.wgmma(total, a_smem.at[at, :, half].transpose((1, 0)), b_smem.at[at])
+                    plgpu.wgmma_wait(1)  # of the step before: what it read is free
+                    pl.when(j > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + j - 1)]))
+
+                jax.lax.fori_loop(0, steps, step, None)
+                return total[...]
+
+            total = pl.run_scoped(multiply, plgpu.ACC((m // 2, n), jnp.float32))
+            pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + steps - 1)]))
+
+            result = total.astype(out_ref.dtype)
+            pieces = [(y, x) for y in range(0, m // 2, 64) for x in range(0, n, 64)]
+            for piece, (y, x) in enumerate(pieces):
+                plgpu.wait_smem_to_gmem(config.stores - 1, wait_read_only=True)
+                held = out_smem.at[warpgroup, piece % config.stores]
+                held[...] = result[y : y + 64, x : x + 64]
+                plgpu.commit_smem()
+                row = column_a + warpgroup * (m // 2) + y
+                plgpu.copy_smem_to_gmem(held, out_ref.at[expert, pl.ds(row, 64), pl.ds(column_b + x, 64)])
+            return done + steps
+
+        jax.lax.fori_loop(0, mine, compute_tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def grouped_outer(
+    a: jax.Array,
+    b: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    programs: int,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[E, A, B]: what `grouped_matmul_grad.grouped_outer` returns, of shapes for which `config_for` has a tile.
+
+    programs: how many run at a time, one a multiprocessor. interpret: this backend's `InterpretGPUParams` (jax 0.11.2
+    and newer).
+    """
+    (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
+    config = config or config_for(num_rows, num_experts, left, right, a.dtype)
+    assert config is not None, f"no tile for {a.dtype} [{num_rows}, {left}], [{num_rows}, {right}]"
+    run = functools.partial(_launch, programs=programs, config=config, interpret=interpret)
+    return jax.custom_batching.sequential_vmap(run)(a, b, group_sizes)  # a kernel of this backend has no vmap
+
+
+def _launch(
+    a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, programs: int, config: Config, interpret: Any
+) -> jax.Array:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
+    sizes = jnp.clip(group_sizes, 0, num_rows)  # whatever they say
+    total = jnp.cumsum(sizes, dtype=jnp.int32)
+    starts, ends = jnp.clip(total - sizes, 0, num_rows), jnp.clip(total, 0, num_rows)
+    first, steps = blocks(starts, ends)
+    last = first + jnp.maximum(steps - 1, 0) * BLOCK
+
+    tiled = plgpu.TilingTransform((LINE, 128 // a.dtype.itemsize)), plgpu.SwizzleTransform(128)
+    shared = lambda *shape: plgpu.SMEM(shape, a.dtype, transforms=tiled)
+    barriers = plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages)  # of two copies, of two warpgroups
+
+    def grouped_outer(*refs: Any) -> None:  # the machine-code kernel's name
+        _kernel(*refs, config=config, num_experts=num_experts, left=left, right=right, programs=programs)
+
+    return plgpu.kernel(
+        grouped_outer,
+        out_type=jax.ShapeDtypeStruct((num_experts, left, right), a.dtype),
+        scratch_types=[
+            shared(config.num_stages, BLOCK, config.left),
+            shared(config.num_stages, BLOCK, config.right),
+            shared(2, config.stores, 64, 64),
+            barriers,
+            barriers,
+        ],
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(a, b, *(edges(x, starts, ends, first, last) for x in (a, b)), starts, ends)

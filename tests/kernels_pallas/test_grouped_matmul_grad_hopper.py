@@ -1,0 +1,247 @@
+"""The gradient of grouped matmul's weights by Hopper's copy engine: interpreted, lowered, chosen; on a GPU run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu
+
+import jaxmoe
+from kernels_pallas import grouped_matmul_grad_hopper as kernels
+from kernels_pallas.grouped_matmul_grad_hopper import BLOCK, LINE, Config
+from kernels_pallas.targets import TARGETS, custom_call_target
+from tests.cases import BF16, F16, F32, normal
+from tests.jaxmoe.test_grouped_matmul import close, outer
+
+I32 = jnp.int32
+WIDE, HIGH = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4)
+MULTIPROCESSORS = kernels.multiprocessors()
+INTERPRETER = getattr(mosaic_gpu, "InterpretGPUParams", None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of rows, of which copies take 64 at a multiple of eight."""
+
+    why: str
+    sizes: tuple[int, ...]
+    rows: int
+    left: int = 256
+    right: int = 256
+
+
+CASES = [
+    Case("groups that begin and end anywhere", (70, 3, 1, 129, 61), 264),
+    Case("empty groups first, last and between", (0, 90, 0, 38, 0), 128),
+    Case("blocks exactly", (64, 128, 64), 256),
+    Case("one huge group, odd E", (0, 0, 328), 328),
+    Case("no group has a row", (0, 0), 64),
+    Case("fewer rows than a block", (0, 3, 0, 5), 8),
+    Case("rows behind the last group", (70, 0, 9), 136),
+    Case("tiles of columns that are no multiple of those that take turns", (9, 55), 64, 768, 512),
+    Case("sizes past the rows, and negative ones", (100, -7, 100, 2**31 - 1), 136),
+]
+
+
+def groups(case: Case) -> tuple[int, ...]:
+    """The sizes, held to what there is."""
+    left, found = case.rows, []
+    for size in case.sizes:
+        found.append(min(max(size, 0), left))
+        left -= found[-1]
+    return tuple(found)
+
+
+def check(case: Case, config: Config, dtype: Any, run: Callable[..., jax.Array]) -> None:
+    """Rows of no group are not numbers, and may not show."""
+    a, b = normal(0, case.rows, case.left, dtype=dtype), normal(1, case.rows, case.right, dtype=dtype)
+    sizes = groups(case)
+    used = jnp.arange(case.rows)[:, None] < sum(sizes)
+    got = run(
+        jnp.where(used, a, jnp.nan),
+        jnp.where(used, b, jnp.inf),
+        jnp.array(case.sizes, I32),
+        config=config,
+    )
+    close(got, outer(a, b, sizes), dtype)
+
+
+@pytest.mark.skipif(INTERPRETER is None, reason="needs jax's interpreter of this backend (0.11.2)")
+@pytest.mark.parametrize(
+    ("case", "config", "dtype"),
+    [
+        *((case, Config(128, 256, 2, num_stages=2), BF16) for case in CASES),
+        *((case, Config(256, 128, 4, num_stages=3, stores=1), F16) for case in CASES[:3]),
+    ],
+    ids=lambda value: value.why if isinstance(value, Case) else "",
+)
+def test_interpreted(case: Case, config: Config, dtype: Any) -> None:
+    """With few stages and programs, so that each is used again and again; results nobody wrote are NaN."""
+    assert INTERPRETER is not None
+    run = functools.partial(kernels.grouped_outer, programs=2, interpret=INTERPRETER(detect_races=True))
+    check(case, config, dtype, run)
+
+
+@pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("programs", [MULTIPROCESSORS, 7], ids=["all", "7"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("config", [WIDE, HIGH], ids=["wide", "high"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_on_hopper(case: Case, config: Config, dtype: Any, programs: int) -> None:
+    jnp.full(2**28, jnp.nan).block_until_ready().delete()  # what is allocated next holds NaN
+    check(case, config, dtype, jax.jit(functools.partial(kernels.grouped_outer, programs=programs, config=config)))
+
+
+@pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("seed", range(3))
+def test_on_hopper_many_steps(seed: int) -> None:
+    """A layer's shapes: hundreds of tiles a program. Any stage that is written too early would show."""
+    rng = np.random.default_rng(seed)
+    sizes = jnp.asarray(rng.multinomial(8000, np.ones(9) / 9), I32)
+    a, b = normal(seed, 8192, 2048, dtype=BF16), normal(seed + 9, 8192, 3840, dtype=BF16)
+    got = jax.jit(functools.partial(kernels.grouped_outer, programs=MULTIPROCESSORS))(a, b, sizes)
+    ends = np.cumsum(np.asarray(sizes))
+    parts = [(a[end - size : end], b[end - size : end]) for end, size in zip(ends, np.asarray(sizes), strict=True)]
+    want = [jnp.matmul(x.T, y, precision="highest", preferred_element_type=F32) for x, y in parts]
+    close(got, np.asarray(jnp.stack(want), np.float64), BF16)
+
+
+def test_config_for() -> None:
+    """Bfloat16 and float16, enough rows, sides that a tile divides, rows that lines of the copy engine divide."""
+    find = kernels.config_for
+    assert find(32768, 32, 7168, 4096, BF16) == find(4096, 32, 7168, 4096, F16) == WIDE
+    assert find(32768, 32, 7168, 1408, BF16) == HIGH  # 1408 = 11 * 128
+    assert find(32768, 32, 1408, 7168, BF16) == WIDE
+    assert find(32768, 32, 7168, 4096, F32) is None
+    assert find(32768, 32, 1408, 1408, BF16) is find(32768, 32, 7168, 1400, BF16) is None
+    assert find(32772, 32, 7168, 4096, BF16) is None, "rows"
+    assert find(4088, 32, 7168, 4096, BF16) is None, "too few to have been tried"
+
+
+@pytest.mark.parametrize(
+    ("experts", "tiles_a", "tiles_b", "together"), [(3, 8, 4, 8), (2, 11, 3, 4), (5, 1, 7, 8), (1, 3, 1, 2)]
+)
+def test_every_tile_once(experts: int, tiles_a: int, tiles_b: int, together: int) -> None:
+    numbers = jnp.arange(experts * tiles_a * tiles_b, dtype=I32)
+    expert, a, b = jax.vmap(lambda number: kernels.tile(number, tiles_a, tiles_b, together))(numbers)
+    every = {(e, i, j) for e in range(experts) for i in range(tiles_a) for j in range(tiles_b)}
+    assert set(zip(expert.tolist(), a.tolist(), b.tolist(), strict=True)) == every
+    assert len(numbers) == len(every)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_edges(case: Case) -> None:
+    """Blocks of a group hold each of its rows once; those that hold others' rows, too, are its first and last."""
+    sizes = np.array(groups(case))
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    x = normal(0, case.rows, 16, dtype=BF16).at[sum(sizes) :].set(jnp.nan)
+    first, steps = (np.asarray(v) for v in kernels.blocks(jnp.asarray(starts, I32), jnp.asarray(ends, I32)))
+    assert not np.any(first % LINE)
+    last = first + np.maximum(steps - 1, 0) * BLOCK
+    arrays = (jnp.asarray(v, I32) for v in (starts, ends, first, last))
+    got = np.asarray(kernels.edges(x, *arrays), np.float32).reshape(len(sizes), 2, BLOCK, 16)
+    rows = np.asarray(x, np.float32)
+    for e, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        held = [got[e, min(j, 1)] if j in (0, steps[e] - 1) else None for j in range(steps[e])]
+        inner = [rows[first[e] + j * BLOCK :][:BLOCK] if block is None else block for j, block in enumerate(held)]
+        whole = np.concatenate([*inner, np.zeros((0, 16), np.float32)])
+        np.testing.assert_array_equal(whole[start - first[e] :][: end - start], rows[start:end])
+        assert not np.any(whole[: start - first[e]])
+        assert not np.any(whole[end - first[e] :])
+        for j in range(1, steps[e] - 1):
+            assert start <= first[e] + j * BLOCK < first[e] + (j + 1) * BLOCK <= end
+
+
+def lowered(function: Callable[..., Any], *args: Any) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(text: str) -> tuple[int, int]:
+    """(of this backend, of Triton's) in a lowered computation."""
+    return text.count("custom_call @mosaic_gpu"), text.count(f"custom_call @{custom_call_target()}")
+
+
+SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4096, 512))] + [
+    jax.ShapeDtypeStruct((32,), I32)
+]
+
+
+def test_lowers() -> None:
+    """As it is, under vmap, and in 64-bit mode: this backend would take no 64-bit index."""
+    run = functools.partial(kernels.grouped_outer, programs=132)
+    assert launches(lowered(run, *SHAPES)) == (1, 0)
+    batched = [jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for s in SHAPES]
+    assert launches(lowered(jax.vmap(run), *batched)) == (1, 0)
+    assert launches(lowered(jax.vmap(run, in_axes=(0, None, None)), batched[0], *SHAPES[1:])) == (1, 0)
+    with jax.enable_x64(True):
+        assert launches(lowered(run, *SHAPES)) == (1, 0)
+
+
+def test_under_shard_map() -> None:
+    """With shard_map's checks and without."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = functools.partial(kernels.grouped_outer, programs=132)
+    spec = jax.sharding.PartitionSpec("data")
+    for check_vma in (True, False):
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=check_vma)
+        assert launches(lowered(sharded, *SHAPES)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("why", "multiprocessors", "target", "dtype", "rows", "taken"),
+    [
+        ("a Hopper GPU", 132, "sm_90", BF16, 4096, True),
+        ("another GPU", 0, "sm_80", BF16, 4096, False),
+        ("AMD's", 132, "gfx942", BF16, 4096, False),
+        ("float32", 132, "sm_90", F32, 4096, False),
+        ("few rows", 132, "sm_90", BF16, 1024, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_takes_it(
+    why: str,
+    multiprocessors: int,
+    target: str,
+    dtype: Any,
+    rows: int,
+    taken: bool,
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient of the weights alone: the product and the gradient of rows are Triton's."""
+    monkeypatch.setattr(kernels, "multiprocessors", lambda: multiprocessors)
+    jax.clear_caches()  # what was traced for another device
+
+    def loss(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+        product = jaxmoe.grouped_matmul(rows, weight, sizes, transposed=transposed, implementation="pallas")
+        return jnp.sum(product.astype(F32) ** 2)
+
+    args = [jax.ShapeDtypeStruct(s, dtype) for s in ((rows, 256), (32, 512, 256) if transposed else (32, 256, 512))]
+    platform, kind = TARGETS[target].platform, TARGETS[target].device_kind
+    device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*args, jax.ShapeDtypeStruct((32,), I32))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert launches(text) == ((1, 2) if taken else (0, 3))
+
+
+def test_on_a_machine_without_hopper() -> None:
+    if jax.default_backend() == "cpu":
+        assert kernels.multiprocessors() == 0
+    else:
+        device = jax.local_devices()[0]
+        assert bool(kernels.multiprocessors()) == (device.compute_capability == "9.0")
+
+
+def test_no_tile() -> None:
+    with pytest.raises(AssertionError, match=r"no tile for float32 \[8, 128\], \[8, 256\]"):
+        kernels.grouped_outer(jnp.zeros((8, 128)), jnp.zeros((8, 256)), jnp.zeros(1, I32), programs=1)
