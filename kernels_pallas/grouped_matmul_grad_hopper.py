@@ -5,8 +5,8 @@ and takes tile after tile. One of its three warpgroups loads, as far ahead as th
 other two multiply, and hand their results to the copy engine. So no tile waits for its first loads, nor for the store
 of the one before.
 
-The engine copies 64 rows that begin at a multiple of eight, whatever group they belong to. Of each group the first and
-the last 64 may hold others' rows, so these come from copies of them made beforehand, with zeros for those rows.
+The engine copies rows from a multiple of eight on, whatever group they belong to. Of each group the first eight and the
+last 64 may hold others' rows, so these come from copies of them made beforehand, with zeros for those rows.
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ def multiprocessors() -> int:
     return int(device.core_count) if device.compute_capability == "9.0" else 0
 
 
-def edges(x: jax.Array, starts: jax.Array, ends: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """[2 * E, BLOCK, width]: of each group the blocks that begin at `first` and `last`, zeros for rows of others."""
-    rows = jnp.stack([first, last], axis=1)[:, :, None] + jnp.arange(BLOCK, dtype=jnp.int32)
-    inside = (rows >= starts[:, None, None]) & (rows < ends[:, None, None])
-    blocks = jnp.where(inside[..., None], x[jnp.clip(rows, 0, x.shape[0] - 1)], jnp.zeros((), x.dtype))
-    return blocks.reshape(-1, BLOCK, x.shape[1])
+def edges(x: jax.Array, starts: jax.Array, ends: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+    """[E, rows, width]: of each group that many rows from `first` on, zeros for those of others."""
+    at = first[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    inside = (at >= starts[:, None]) & (at < ends[:, None])
+    return jnp.where(inside[..., None], x[jnp.clip(at, 0, x.shape[0] - 1)], jnp.zeros((), x.dtype))
 
 
 def blocks(start: Any, end: Any) -> tuple[Any, Any]:
@@ -79,7 +78,8 @@ def tile(number: Any, tiles_a: int, tiles_b: int, together: int) -> tuple[Any, A
 def _kernel(*refs: Any, config: Config, num_experts: int, left: int, right: int, programs: int) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    a_ref, b_ref, a_edges_ref, b_edges_ref, starts_ref, ends_ref, out_ref, a_smem, b_smem, out_smem, full, empty = refs
+    inputs, (starts_ref, ends_ref, out_ref), (a_smem, b_smem, out_smem, full, empty) = refs[:6], refs[6:9], refs[9:]
+    whole, head, tail = inputs[0:2], inputs[2:4], inputs[4:6]  # of a and of b
     m, n, tiles_a, tiles_b = config.left, config.right, left // config.left, right // config.right
     warpgroup, program = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("program")
     tiles = num_experts * tiles_a * tiles_b
@@ -106,15 +106,29 @@ def _kernel(*refs: Any, config: Config, num_experts: int, left: int, right: int,
 
                 pl.when(done >= config.num_stages)(lambda: plgpu.barrier_wait(empty.at[at]))
 
-                def copy(a: Any, b: Any) -> None:
-                    plgpu.copy_gmem_to_smem(a.at[:, pl.ds(column_a, m)], a_smem.at[at], full.at[at])
-                    plgpu.copy_gmem_to_smem(b.at[:, pl.ds(column_b, n)], b_smem.at[at], full.at[at])
+                def copy(refs: tuple[Any, Any], row: Any, rows: int, to: int = 0) -> None:
+                    for ref, smem, column, width in zip(
+                        refs, (a_smem, b_smem), (column_a, column_b), (m, n), strict=True
+                    ):
+                        part = ref.at[pl.ds(row, rows), pl.ds(column, width)]
+                        plgpu.copy_gmem_to_smem(part, smem.at[at, pl.ds(to, rows)], full.at[at])
+
+                def copy_alone(refs: tuple[Any, Any], row: Any) -> None:
+                    copy(refs, row, BLOCK)
+                    for _ in range(2):  # for the copies that a block in two parts has more
+                        plgpu.barrier_arrive(full.at[at])
 
                 row = pl.multiple_of(first + j * BLOCK, LINE)
-                whole = (row >= start) & (row + BLOCK <= end)
-                edge = 2 * expert + (j > 0).astype(jnp.int32)
-                pl.when(whole)(lambda: copy(a_ref.at[pl.ds(row, BLOCK)], b_ref.at[pl.ds(row, BLOCK)]))
-                pl.when(jnp.logical_not(whole))(lambda: copy(a_edges_ref.at[edge], b_edges_ref.at[edge]))
+                is_tail = (row + BLOCK > end) | ((row < start) & (steps == 1))
+                is_head = (row < start) & (steps > 1)
+
+                @pl.when(is_head)
+                def _() -> None:
+                    copy(head, expert * LINE, LINE)
+                    copy(whole, row + LINE, BLOCK - LINE, to=LINE)
+
+                pl.when(is_tail)(lambda: copy_alone(tail, expert * BLOCK))
+                pl.when(jnp.logical_not(is_head | is_tail))(lambda: copy_alone(whole, row))
                 return done + 1
 
             return jax.lax.fori_loop(0, steps, step, done)
@@ -191,10 +205,12 @@ def _launch(
     starts, ends = jnp.clip(total - sizes, 0, num_rows), jnp.clip(total, 0, num_rows)
     first, steps = blocks(starts, ends)
     last = first + jnp.maximum(steps - 1, 0) * BLOCK
+    heads = [edges(x, starts, ends, first, LINE).reshape(-1, x.shape[1]) for x in (a, b)]
+    tails = [edges(x, starts, ends, last, BLOCK).reshape(-1, x.shape[1]) for x in (a, b)]
 
     tiled = plgpu.TilingTransform((LINE, 128 // a.dtype.itemsize)), plgpu.SwizzleTransform(128)
     shared = lambda *shape: plgpu.SMEM(shape, a.dtype, transforms=tiled)
-    barriers = plgpu.Barrier(num_arrivals=2, num_barriers=config.num_stages)  # of two copies, of two warpgroups
+    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.num_stages)
 
     def grouped_outer(*refs: Any) -> None:  # the machine-code kernel's name
         _kernel(*refs, config=config, num_experts=num_experts, left=left, right=right, programs=programs)
@@ -206,8 +222,8 @@ def _launch(
             shared(config.num_stages, BLOCK, config.left),
             shared(config.num_stages, BLOCK, config.right),
             shared(2, config.stores, 64, 64),
-            barriers,
-            barriers,
+            barriers(4),  # copies of a block that is in two parts
+            barriers(2),  # warpgroups that multiply
         ],
         grid=(programs,),
         grid_names=("program",),
@@ -215,4 +231,4 @@ def _launch(
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(a, b, *(edges(x, starts, ends, first, last) for x in (a, b)), starts, ends)
+    )(a, b, *heads, *tails, starts, ends)

@@ -138,7 +138,9 @@ def test_every_tile_once(experts: int, tiles_a: int, tiles_b: int, together: int
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_edges(case: Case) -> None:
-    """Blocks of a group hold each of its rows once; those that hold others' rows, too, are its first and last."""
+    """Blocks of a group hold each of its rows once, in order; of others' rows those before it are in its first lines,
+    those behind it in its last block.
+    """
     sizes = np.array(groups(case))
     ends = np.cumsum(sizes)
     starts = ends - sizes
@@ -146,18 +148,27 @@ def test_edges(case: Case) -> None:
     first, steps = (np.asarray(v) for v in kernels.blocks(jnp.asarray(starts, I32), jnp.asarray(ends, I32)))
     assert not np.any(first % LINE)
     last = first + np.maximum(steps - 1, 0) * BLOCK
-    arrays = (jnp.asarray(v, I32) for v in (starts, ends, first, last))
-    got = np.asarray(kernels.edges(x, *arrays), np.float32).reshape(len(sizes), 2, BLOCK, 16)
-    rows = np.asarray(x, np.float32)
-    for e, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        held = [got[e, min(j, 1)] if j in (0, steps[e] - 1) else None for j in range(steps[e])]
-        inner = [rows[first[e] + j * BLOCK :][:BLOCK] if block is None else block for j, block in enumerate(held)]
-        whole = np.concatenate([*inner, np.zeros((0, 16), np.float32)])
-        np.testing.assert_array_equal(whole[start - first[e] :][: end - start], rows[start:end])
-        assert not np.any(whole[: start - first[e]])
-        assert not np.any(whole[end - first[e] :])
-        for j in range(1, steps[e] - 1):
-            assert start <= first[e] + j * BLOCK < first[e] + (j + 1) * BLOCK <= end
+    start, end, *begin = (jnp.asarray(v, I32) for v in (starts, ends, first, last))
+    heads, tails = (
+        np.asarray(kernels.edges(x, start, end, *at), np.float32) for at in ((begin[0], LINE), (begin[1], BLOCK))
+    )
+    assert heads.shape == (len(sizes), LINE, 16)
+    for e, size in enumerate(sizes):
+        held = np.array(x[first[e] :], np.float32)
+        if size == 0:
+            assert steps[e] == 0
+            assert not heads[e].any()
+            assert not tails[e].any()
+            continue
+        if steps[e] > 1:
+            held[:LINE] = heads[e]
+        held = np.concatenate([held[: last[e] - first[e]], tails[e]])
+        assert len(held) == BLOCK * steps[e]
+        before = starts[e] - first[e]
+        assert 0 <= before < LINE
+        np.testing.assert_array_equal(held[before:][:size], np.asarray(x[starts[e] : ends[e]], np.float32))
+        assert not held[:before].any()
+        assert not held[before + size :].any()
 
 
 def lowered(function: Callable[..., Any], *args: Any) -> str:
