@@ -62,7 +62,8 @@ def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
     loss = lambda *args: jnp.sum(layer(*args).astype(jnp.float32) ** 2)
     function = layer if forward else jax.grad(loss, argnums=(0, 1))
     kind = AbstractDevice(device_kind=device.device_kind, platform="cuda", num_cores=None)
-    described = mock.patch.object(hopper, "multiprocessors", return_value=MULTIPROCESSORS)  # which asks this machine's GPU
+    # Which asks this machine's GPU.
+    described = mock.patch.object(hopper, "multiprocessors", return_value=MULTIPROCESSORS)
     with folder, described, use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         compiled = jax.jit(function).trace(x, weights, bias).lower(lowering_platforms=("cuda",)).compile()
         (launches,) = Path(folder.name).glob("*thunk_sequence_after_thunk_passes.txt")
