@@ -59,17 +59,12 @@ def groups(case: Case) -> tuple[int, ...]:
     return tuple(found)
 
 
-def check(case: Case, config: Config, dtype: Any, run: Callable[..., jax.Array]) -> None:
+def check(case: Case, dtype: Any, run: Callable[..., jax.Array]) -> None:
     """Rows of no group are not numbers, and may not show."""
     a, b = normal(0, case.rows, case.left, dtype=dtype), normal(1, case.rows, case.right, dtype=dtype)
     sizes = groups(case)
     used = jnp.arange(case.rows)[:, None] < sum(sizes)
-    got = run(
-        jnp.where(used, a, jnp.nan),
-        jnp.where(used, b, jnp.inf),
-        jnp.array(case.sizes, I32),
-        config=config,
-    )
+    got = run(jnp.where(used, a, jnp.nan), jnp.where(used, b, jnp.inf), jnp.array(case.sizes, I32))
     close(got, outer(a, b, sizes), dtype)
 
 
@@ -85,8 +80,8 @@ def check(case: Case, config: Config, dtype: Any, run: Callable[..., jax.Array])
 def test_interpreted(case: Case, config: Config, dtype: Any) -> None:
     """With few stages and programs, so that each is used again and again; results nobody wrote are NaN."""
     assert INTERPRETER is not None
-    run = functools.partial(kernels.grouped_outer, programs=2, interpret=INTERPRETER(detect_races=True))
-    check(case, config, dtype, run)
+    options = {"programs": 2, "config": config, "interpret": INTERPRETER(detect_races=True)}
+    check(case, dtype, functools.partial(kernels.grouped_outer, **options))
 
 
 @pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
@@ -96,7 +91,7 @@ def test_interpreted(case: Case, config: Config, dtype: Any) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_on_hopper(case: Case, config: Config, dtype: Any, programs: int) -> None:
     jnp.full(2**28, jnp.nan).block_until_ready().delete()  # what is allocated next holds NaN
-    check(case, config, dtype, jax.jit(functools.partial(kernels.grouped_outer, programs=programs, config=config)))
+    check(case, dtype, jax.jit(functools.partial(kernels.grouped_outer, programs=programs, config=config)))
 
 
 @pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
