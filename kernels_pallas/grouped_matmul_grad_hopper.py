@@ -35,13 +35,15 @@ class Config:
     stores: int = 2  # pieces of a result, 64 x 64, that a warpgroup has on their way
 
 
+WIDE, HIGH = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4)  # measured on an H200
+
+
 @remembered
 def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: Any) -> Config | None:
     """Which tile to use for these shapes; None where there is none, or with too few rows to have been tried."""
     if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % LINE or num_rows < 128 * num_experts:
         return None
-    wide, high = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4)  # measured on an H200
-    return next((c for c in (wide, high) if left % c.left == 0 and right % c.right == 0), None)
+    return next((c for c in (WIDE, HIGH) if left % c.left == 0 and right % c.right == 0), None)
 
 
 def multiprocessors() -> int:

@@ -15,13 +15,12 @@ from jax.experimental.pallas import mosaic_gpu
 
 import jaxmoe
 from kernels_pallas import grouped_matmul_grad_hopper as kernels
-from kernels_pallas.grouped_matmul_grad_hopper import BLOCK, LINE, Config
+from kernels_pallas.grouped_matmul_grad_hopper import BLOCK, HIGH, LINE, WIDE, Config
 from kernels_pallas.targets import TARGETS, custom_call_target
 from tests.cases import BF16, F16, F32, normal
 from tests.jaxmoe.test_grouped_matmul import close, outer
 
 I32 = jnp.int32
-WIDE, HIGH = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4)
 MULTIPROCESSORS = kernels.multiprocessors()
 INTERPRETER = getattr(mosaic_gpu, "InterpretGPUParams", None)
 
