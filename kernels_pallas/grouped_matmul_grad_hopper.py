@@ -46,8 +46,13 @@ def config_for(num_rows: int, num_experts: int, left: int, right: int, dtype: An
     return next((c for c in (WIDE, HIGH) if left % c.left == 0 and right % c.right == 0), None)
 
 
+OLDEST_JAX = 0, 11, 2  # that this kernel has run on; in 0.10.2 its backend needs absl, which jax does not bring
+
+
 def multiprocessors() -> int:
-    """Those of this process' GPU if it is one of Hopper's, else 0."""
+    """Those of this process' GPU if it is one of Hopper's and jax is new enough, else 0."""
+    if jax.__version_info__ < OLDEST_JAX:
+        return 0
     try:
         device = jax.local_devices(backend="cuda")[0]
     except RuntimeError:  # no such GPU here
@@ -186,8 +191,7 @@ def grouped_outer(
 ) -> jax.Array:
     """[E, A, B]: what `grouped_matmul_grad.grouped_outer` returns, of shapes for which `config_for` has a tile.
 
-    programs: how many run at a time, one a multiprocessor. interpret: this backend's `InterpretGPUParams` (jax 0.11.2
-    and newer).
+    programs: how many run at a time, one a multiprocessor. interpret: this backend's `InterpretGPUParams`.
     """
     (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
     config = config or config_for(num_rows, num_experts, left, right, a.dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
 
 import jaxmoe
 from kernels_pallas import grouped_matmul_grad_hopper as kernels
@@ -22,7 +22,7 @@ from tests.jaxmoe.test_grouped_matmul import close, outer
 
 I32 = jnp.int32
 MULTIPROCESSORS = kernels.multiprocessors()
-INTERPRETER = getattr(mosaic_gpu, "InterpretGPUParams", None)
+new_jax = pytest.mark.skipif(jax.__version_info__ < kernels.OLDEST_JAX, reason=f"needs jax {kernels.OLDEST_JAX}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check(case: Case, dtype: Any, run: Callable[..., jax.Array]) -> None:
     close(got, outer(a, b, sizes), dtype)
 
 
-@pytest.mark.skipif(INTERPRETER is None, reason="needs jax's interpreter of this backend (0.11.2)")
+@new_jax
 @pytest.mark.parametrize(
     ("case", "config", "dtype"),
     [
@@ -78,8 +78,9 @@ def check(case: Case, dtype: Any, run: Callable[..., jax.Array]) -> None:
 )
 def test_interpreted(case: Case, config: Config, dtype: Any) -> None:
     """With few stages and programs, so that each is used again and again; results nobody wrote are NaN."""
-    assert INTERPRETER is not None
-    options = {"programs": 2, "config": config, "interpret": INTERPRETER(detect_races=True)}
+    from jax.experimental.pallas import mosaic_gpu
+
+    options = {"programs": 2, "config": config, "interpret": mosaic_gpu.InterpretGPUParams(detect_races=True)}
     check(case, dtype, functools.partial(kernels.grouped_outer, **options))
 
 
@@ -179,6 +180,7 @@ SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4096, 51
 ]
 
 
+@new_jax
 def test_lowers() -> None:
     """As it is, under vmap, and in 64-bit mode: this backend would take no 64-bit index."""
     run = functools.partial(kernels.grouped_outer, programs=132)
@@ -190,6 +192,7 @@ def test_lowers() -> None:
         assert launches(lowered(run, *SHAPES)) == (1, 0)
 
 
+@new_jax
 def test_under_shard_map() -> None:
     """With shard_map's checks and without."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -200,6 +203,7 @@ def test_under_shard_map() -> None:
         assert launches(lowered(sharded, *SHAPES)) == (1, 0)
 
 
+@new_jax
 @pytest.mark.parametrize(
     ("why", "multiprocessors", "target", "dtype", "rows", "taken"),
     [
@@ -239,12 +243,24 @@ def test_what_takes_it(
     assert launches(text) == ((1, 2) if taken else (0, 3))
 
 
-def test_on_a_machine_without_hopper() -> None:
-    if jax.default_backend() == "cpu":
-        assert kernels.multiprocessors() == 0
-    else:
-        device = jax.local_devices()[0]
-        assert bool(kernels.multiprocessors()) == (device.compute_capability == "9.0")
+@pytest.mark.parametrize(
+    ("capability", "version", "count"),
+    [("9.0", (0, 11, 2), 114), ("9.0", (0, 12, 0), 114), ("9.0", (0, 10, 2), 0), ("8.0", (0, 12, 0), 0)],
+    ids=str,
+)
+def test_multiprocessors(
+    capability: str, version: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(core_count=114, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert kernels.multiprocessors() == count
+
+
+def test_multiprocessors_of_this_machine() -> None:
+    gpus = jax.local_devices() if jax.default_backend() == "gpu" else []
+    hopper = bool(gpus) and gpus[0].compute_capability == "9.0" and jax.__version_info__ >= kernels.OLDEST_JAX
+    assert bool(kernels.multiprocessors()) == hopper
 
 
 def test_no_tile() -> None:
