@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=EXPERTS)
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
+    if arguments.experts < TOP_K:
+        parser.error(f"--experts: expected {TOP_K} or more, got {arguments.experts}")
     device = jax.devices()[0].device_kind
     results: dict[str, Any] = {"device": device, "jax": jax.__version__, "experts": arguments.experts, "rows": []}
     print(f"{device}, jax {jax.__version__}, {arguments.experts} experts")

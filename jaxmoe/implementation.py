@@ -104,13 +104,17 @@ def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any],
         return xla(*args)
     if implementation == "interpret":
         return kernels(*args, target="cuda", interpret=True)
+
+    def gpu(*args: Any, target: str) -> Any:  # what comes of the Mosaic GPU backend does not vary, for jax
+        return _varying(kernels(*args, target=target, interpret=False), axes)
+
     per_platform: dict[str, Callable[..., Any]] = {
-        platform: functools.partial(kernels, target=platform, interpret=False) for platform in GPU_PLATFORMS
+        platform: functools.partial(gpu, target=platform) for platform in GPU_PLATFORMS
     }
     if implementation is None:
         if _old_gpu():
             del per_platform["cuda"]
         per_platform["default"] = xla
     else:  # anywhere else Pallas says that it cannot
-        per_platform["default"] = functools.partial(kernels, target="cuda", interpret=False)
+        per_platform["default"] = functools.partial(gpu, target="cuda")
     return jax.lax.platform_dependent(*args, **per_platform)

@@ -1,4 +1,4 @@
-"""Every kernel of the package with the shapes and settings it is built for in the tests and by `jaxmoe targets`.
+"""Every Triton kernel of the package with the shapes and settings it is built for in the tests and by `jaxmoe targets`.
 
 Nothing here runs: an entry is a function and the shapes of its arguments, for `targets.lower`.
 """

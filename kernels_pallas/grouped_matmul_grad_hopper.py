@@ -50,14 +50,22 @@ OLDEST_JAX = 0, 11, 2  # that this kernel has run on; in 0.10.2 its backend need
 
 
 def multiprocessors() -> int:
-    """Those of this process' GPU if it is one of Hopper's and jax is new enough, else 0."""
+    """Those of this process' GPUs, the fewest, if all are Hopper's and jax is new enough, else 0.
+
+    Also 0 where jax lowers for another kind of GPU, which is described to it.
+    """
     if jax.__version_info__ < OLDEST_JAX:
         return 0
     try:
-        device = jax.local_devices(backend="cuda")[0]
-    except RuntimeError:  # no such GPU here
+        devices = jax.local_devices(backend="cuda")
+        if any(device.compute_capability != "9.0" for device in devices):
+            return 0
+        described = jax.sharding.get_abstract_mesh().abstract_device
+        if described is not None and described.device_kind != devices[0].device_kind:
+            return 0
+        return min(int(device.core_count) for device in devices)
+    except (RuntimeError, AttributeError):  # no such GPU here, or one of which jax says less
         return 0
-    return int(device.core_count) if device.compute_capability == "9.0" else 0
 
 
 def edges(x: jax.Array, starts: jax.Array, ends: jax.Array, first: jax.Array, rows: int) -> jax.Array:
@@ -191,13 +199,19 @@ def grouped_outer(
 ) -> jax.Array:
     """[E, A, B]: what `grouped_matmul_grad.grouped_outer` returns, of shapes for which `config_for` has a tile.
 
+    Sizes are held to what there is: none negative, none past the rows.
+
     programs: how many run at a time, one a multiprocessor. interpret: this backend's `InterpretGPUParams`.
     """
     (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
     config = config or config_for(num_rows, num_experts, left, right, a.dtype)
     assert config is not None, f"no tile for {a.dtype} [{num_rows}, {left}], [{num_rows}, {right}]"
+    assert left % config.left == right % config.right == num_rows % LINE == 0, f"{config} for {a.shape}, {b.shape}"
+    assert config.num_stages > 1, "a stage is free when the next has begun"
+    assert 4 % config.stores == 0, "the four pieces of a result take turns"
     run = functools.partial(_launch, programs=programs, config=config, interpret=interpret)
-    return jax.custom_batching.sequential_vmap(run)(a, b, group_sizes)  # a kernel of this backend has no vmap
+    # Under vmap a loop. This backend's own vmap, of more programs and arrays of one more axis, has not been tried.
+    return jax.custom_batching.sequential_vmap(run)(a, b, group_sizes)
 
 
 def _launch(
