@@ -58,14 +58,14 @@ def multiprocessors() -> int:
         return 0
     try:
         devices = jax.local_devices(backend="cuda")
-        if any(device.compute_capability != "9.0" for device in devices):
-            return 0
-        described = jax.sharding.get_abstract_mesh().abstract_device
-        if described is not None and described.device_kind != devices[0].device_kind:
-            return 0
-        return min(int(device.core_count) for device in devices)
-    except (RuntimeError, AttributeError):  # no such GPU here, or one of which jax says less
+    except RuntimeError:  # no such GPU here
         return 0
+    if any(device.compute_capability != "9.0" for device in devices):
+        return 0
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and described.device_kind != devices[0].device_kind:
+        return 0
+    return min(int(getattr(device, "core_count", 0)) for device in devices)
 
 
 def edges(x: jax.Array, starts: jax.Array, ends: jax.Array, first: jax.Array, rows: int) -> jax.Array:

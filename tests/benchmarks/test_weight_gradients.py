@@ -28,7 +28,6 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
     monkeypatch.setattr(hopper, "grouped_outer", lambda a, b, sizes, **_: reference.grouped_outer(a, b, sizes))
     monkeypatch.setattr(weight_gradients, "in_turns", untimed)
-    jax.clear_caches()
 
 
 def test_measure() -> None:
