@@ -45,7 +45,7 @@ def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
 
     import jaxmoe
     from benchmarks.layer_shapes import CONFIG, EXPERTS, INNER, WIDTH
-    from kernels_pallas import grouped_matmul_grad_hopper as hopper
+    from kernels_pallas import hopper
 
     options = {"topology_name": "", "platform": "cuda", "target_config": DEVICE, "topology": "1x1x1"}
     device: Any = topologies.get_topology_desc(**options).devices[0]

@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks.jax_layer import in_turns
 from benchmarks.layer_shapes import EXPERTS, INNER, TOP_K, WIDTH
-from kernels_pallas import grouped_matmul_grad_hopper as hopper
+from kernels_pallas import grouped_matmul_grad_hopper as by_engine
+from kernels_pallas import hopper
 from kernels_pallas.grouped_matmul_grad import grouped_outer
 
 LIMIT = 0.02  # of the largest entry: what bfloat16 keeps of it, and some
@@ -35,11 +36,11 @@ Gradient = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 def ways(tokens: int, experts: int, left: int, right: int) -> dict[str, Gradient]:
     """Each way to take it on this GPU."""
     found: dict[str, Gradient] = {"triton": jax.jit(grouped_outer)}
-    programs, taken = hopper.multiprocessors(), hopper.config_for(tokens * TOP_K, experts, left, right, jnp.bfloat16)
-    for config in (hopper.WIDE, hopper.HIGH) if programs else ():
+    programs, taken = hopper.multiprocessors(), by_engine.config_for(tokens * TOP_K, experts, left, right, jnp.bfloat16)
+    for config in (by_engine.WIDE, by_engine.HIGH) if programs else ():
         if left % config.left == 0 and right % config.right == 0:
             name = f"hopper {config.left} x {config.right}{' *' if config == taken else ''}"
-            found[name] = jax.jit(functools.partial(hopper.grouped_outer, programs=programs, config=config))
+            found[name] = jax.jit(functools.partial(by_engine.grouped_outer, programs=programs, config=config))
     return found
 
 

@@ -70,7 +70,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         rows, gate_up, down, group_sizes, activation=activation
     ),
     "combine": lambda x, rows, slots, weights: jaxmoe.combine(x, jaxmoe.DispatchPlan(rows, slots, slots), weights),
-    "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(None, *args[:-1]),
+    "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(
+        (None, 1), *args[:-1]
+    ),
 }
 # Whose a kernel is, where an op does not have a function's name.
 _OWNERS = {

@@ -12,40 +12,97 @@ import numpy as np
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
 from jaxmoe.implementation import check_implementation, compiled, run
-from kernels_pallas import grouped_matmul_grad_hopper as hopper
+from kernels_pallas import grouped_matmul_grad_hopper as outer_hopper
+from kernels_pallas import grouped_matmul_hopper as matmul_hopper
+from kernels_pallas import hopper
 from kernels_pallas.grouped_matmul import grouped_matmul as matmul_kernel
 from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
 
 
-def product(
-    implementation: str | None, rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, transposed: bool
+def alignment(implementation: str | None, num_rows: int, num_experts: int, width: int, inner: int, dtype: Any) -> int:
+    """What the rows of each expert should begin at a multiple of, for the gradients of a layer's experts.
+
+    64 on a Hopper GPU, where both weights' gradients have tiles that take such groups as they are; with few rows that
+    costs more than it saves. num_rows: without what is filled up.
+    """
+    if implementation in ("xla", "interpret") or not hopper.multiprocessors() or num_rows < 256 * num_experts:
+        return 1
+    rows = num_rows - num_rows % hopper.BLOCK
+    find = functools.partial(outer_hopper.config_for, rows, num_experts, dtype=dtype)
+    return hopper.BLOCK if find(left=width, right=2 * inner) and find(left=inner, right=width) else 1
+
+
+def _programs(target: str, interpret: bool) -> int:
+    """Those of a kernel for Hopper, if there is such a GPU, else 0."""
+    return hopper.multiprocessors() if target == "cuda" and not interpret else 0
+
+
+def _product_kernels(
+    rows: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transposed: bool,
+    align: int,
+    target: str,
+    interpret: bool,
 ) -> jax.Array:
-    """[M, N]: grouped_matmul without its derivative."""
+    """By the copy engine on a Hopper GPU, of groups that are blocks, where there is a tile for them, else Triton's."""
+    programs = 0 if align % hopper.BLOCK else _programs(target, interpret)
+    (num_rows, depth), num_experts, width = rows.shape, weight.shape[0], weight.shape[1 if transposed else 2]
+    if programs and matmul_hopper.config_for(num_rows, num_experts, depth, width, rows.dtype):
+        return matmul_hopper.grouped_matmul(rows, weight, group_sizes, transposed=transposed, programs=programs)
+    return matmul_kernel(rows, weight, group_sizes, transposed=transposed, target=target, interpret=interpret)
+
+
+def product(
+    implementation: str | None,
+    rows: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transposed: bool,
+    align: int = 1,
+) -> jax.Array:
+    """[M, N]: grouped_matmul without its derivative, of groups whose sizes are multiples of `align`."""
     num_rows, width = rows.shape[0], weight.shape[1 if transposed else 2]
     if 0 in (*rows.shape, width):
         return jnp.zeros((num_rows, width), rows.dtype)
-    kernels = functools.partial(matmul_kernel, transposed=transposed)
+    kernels = functools.partial(_product_kernels, transposed=transposed, align=align)
     plain = functools.partial(reference.grouped_matmul, transposed=transposed)
     return run(implementation, kernels, plain, rows, weight, group_sizes)
 
 
-def _outer_kernels(a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, target: str, interpret: bool) -> jax.Array:
+def _outer_kernels(
+    a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, align: int, target: str, interpret: bool
+) -> jax.Array:
     """By the copy engine on a Hopper GPU where there is a tile for these shapes, else Triton's."""
-    programs = hopper.multiprocessors() if target == "cuda" and not interpret else 0
-    if programs and hopper.config_for(a.shape[0], group_sizes.shape[0], a.shape[1], b.shape[1], a.dtype):
-        return hopper.grouped_outer(a, b, group_sizes, programs=programs)
+    programs = _programs(target, interpret)
+    if programs and outer_hopper.config_for(a.shape[0], group_sizes.shape[0], a.shape[1], b.shape[1], a.dtype):
+        aligned = align % hopper.BLOCK == a.shape[0] % hopper.BLOCK == 0
+        return outer_hopper.grouped_outer(a, b, group_sizes, programs=programs, aligned=aligned)
     return outer_kernel(a, b, group_sizes, target=target, interpret=interpret)
 
 
 def outer(
-    implementation: str | None, a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, transposed: bool
+    implementation: str | None,
+    a: jax.Array,
+    b: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transposed: bool,
+    align: int = 1,
 ) -> jax.Array:
-    """[E, A, B], or [E, B, A] where `transposed`: each expert's a.T @ b, the gradient of a weight."""
+    """[E, A, B], or [E, B, A] where `transposed`: each expert's a.T @ b, the gradient of a weight.
+
+    Sizes are multiples of `align`.
+    """
     if transposed:
         a, b = b, a
     if 0 in (*a.shape, *b.shape):
         return jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), a.dtype)
-    return run(implementation, _outer_kernels, reference.grouped_outer, a, b, group_sizes)
+    kernels = functools.partial(_outer_kernels, align=align)
+    return run(implementation, kernels, reference.grouped_outer, a, b, group_sizes)
 
 
 def no_gradient(group_sizes: jax.Array) -> Any:

@@ -14,7 +14,7 @@ from jaxmoe.arguments import check_array
 from jaxmoe.config import RoutingConfig
 from jaxmoe.dispatch import gather, move, plan_dispatch
 from jaxmoe.experts import gated, gated_grad
-from jaxmoe.grouped_matmul import no_gradient, outer, product
+from jaxmoe.grouped_matmul import alignment, no_gradient, outer, product
 from jaxmoe.implementation import compiled
 from jaxmoe.routing import Routing, route, router_logits
 
@@ -37,14 +37,17 @@ class MoEParams:
     down: jax.Array
 
 
+Static = tuple[str | None, int]  # implementation, the plan's align
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(implementation: str | None, *args: jax.Array) -> jax.Array:
+def _weighted(static: Static, *args: jax.Array) -> jax.Array:
     """dispatch, experts, combine: y [T, H] of x, the plan's rows, slots and group_sizes, weights, gate_up, down."""
-    return _weighted_pass(implementation, *args, keep=False)[0]
+    return _weighted_pass(static, *args, keep=False)[0]
 
 
 def _weighted_pass(
-    implementation: str | None,
+    static: Static,
     x: jax.Array,
     rows: jax.Array,
     slots: jax.Array,
@@ -55,19 +58,19 @@ def _weighted_pass(
     *,
     keep: bool,
 ) -> tuple[jax.Array, ...]:
-    static = (implementation, "silu", False)
-    hidden, *kept = gated(static, x, gate_up, group_sizes, (rows, slots), keep=keep)
-    out = product(implementation, hidden, down, group_sizes, transposed=False)
+    implementation, align = static
+    hidden, *kept = gated((implementation, "silu", False), x, gate_up, group_sizes, (rows, slots), keep=keep)
+    out = product(implementation, hidden, down, group_sizes, transposed=False, align=align)
     return gather(implementation, out, rows, weights, None, x.dtype), *kept
 
 
-def weighted_fwd(implementation: str | None, *args: jax.Array) -> tuple[jax.Array, Any]:
+def weighted_fwd(static: Static, *args: jax.Array) -> tuple[jax.Array, Any]:
     """`_weighted` and what its derivative needs: gate and up of every row, then the arguments."""
-    y, kept = _weighted_pass(implementation, *args, keep=True)
+    y, kept = _weighted_pass(static, *args, keep=True)
     return y, (kept, *args)
 
 
-def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     """The gradients of the arguments, from what `weighted_fwd` kept: of all rows gate and up alone.
 
     In float16 the gradient of the hidden rows is rounded before a token's weight makes it smaller: it is infinite from
@@ -76,6 +79,7 @@ def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     A weight's gradient, its row of the experts' result . grad, is hidden . (grad @ down.T) too, so that result is not
     needed; and the rows that went in, which the forward pass only gathered, are dispatched now.
     """
+    implementation, align = static
     kept, x, rows, slots, group_sizes, weights, gate_up, down = saved
     # Or XLA, where it dispatches itself, would see that it did so before, and keep them until now.
     x, grad = jax.lax.optimization_barrier((x, grad))
@@ -83,12 +87,12 @@ def weighted_bwd(implementation: str | None, saved: Any, grad: jax.Array) -> tup
     if 0 not in rows.shape:
         scale = jnp.where(slots >= 0, weights.astype(jnp.float32).reshape(-1)[jnp.maximum(slots, 0)], 0.0)
     dout = move(implementation, grad, rows, slots, None, None, grad.dtype)
-    dhidden = product(implementation, dout, down, group_sizes, transposed=True)
+    dhidden = product(implementation, dout, down, group_sizes, transposed=True, align=align)
     dkept, hidden, dots = gated_grad((implementation, "silu", False), kept, dhidden, scale)
-    ddown = outer(implementation, hidden, dout, group_sizes, transposed=False)
+    ddown = outer(implementation, hidden, dout, group_sizes, transposed=False, align=align)
     held = move(implementation, x, rows, slots, None, None, x.dtype)
-    dgate_up = outer(implementation, held, dkept, group_sizes, transposed=False)
-    dheld = product(implementation, dkept, gate_up, group_sizes, transposed=True)
+    dgate_up = outer(implementation, held, dkept, group_sizes, transposed=False, align=align)
+    dheld = product(implementation, dkept, gate_up, group_sizes, transposed=True, align=align)
     dx = gather(implementation, dheld, rows, None, None, x.dtype)
     dweights = jnp.zeros_like(weights)
     if 0 not in dots.shape:
@@ -156,6 +160,8 @@ def moe(
     routing = route(
         logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
     )
-    plan = plan_dispatch(routing.experts, config.num_expert_ids, implementation=implementation)
-    y = weighted_experts(implementation, x, *plan, routing.weights, params.gate_up, params.down)
+    num_rows, experts = routing.experts.size, config.num_expert_ids
+    align = alignment(implementation, num_rows, experts, x.shape[1], inner, x.dtype)
+    plan = plan_dispatch(routing.experts, experts, align=align, implementation=implementation)
+    y = weighted_experts((implementation, align), x, *plan, routing.weights, params.gate_up, params.down)
     return y, routing

@@ -79,7 +79,7 @@ def _native(
 
 @jax.jit
 def _jax_forward(x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any) -> Any:
-    y, (kept, *_) = layer.weighted_fwd(None, x, rows, slots, group_sizes, weights, gate_up, down)
+    y, (kept, *_) = layer.weighted_fwd((None, 1), x, rows, slots, group_sizes, weights, gate_up, down)
     return y, kept
 
 
@@ -233,7 +233,7 @@ def _jax_backward(
     grad: Any, x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, kept: Any
 ) -> Any:
     saved = (kept, x, rows, slots, group_sizes, weights, gate_up, down)
-    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd(None, saved, grad)
+    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd((None, 1), saved, grad)
     return dx, dweights, dgate_up, ddown
 
 

@@ -1,3 +1,7 @@
 """The tests of tests/jaxmoe/test_moe.py that take an implementation, on the GPU's kernels."""
 
-from tests.jaxmoe.test_moe import test_moe_against_the_formula, test_moe_gradients  # noqa: F401
+from tests.jaxmoe.test_moe import (  # noqa: F401
+    test_groups_of_whole_blocks,
+    test_moe_against_the_formula,
+    test_moe_gradients,
+)

@@ -13,6 +13,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import MoEParams, RoutingConfig
+from jaxmoe.layer import weighted_experts
 from tests import oracle
 from tests.cases import BF16, F32, normal
 
@@ -121,6 +122,29 @@ def test_moe_gradients(implementation: str) -> None:
         numeric = (moved(1) - moved(-1)) / (2 * STEP)
         analytic = float(jnp.sum(grad * direction))
         assert abs(numeric - analytic) < 0.02 * max(1.0, abs(analytic)), (name, numeric, analytic)
+
+
+def test_groups_of_whole_blocks(implementation: str) -> None:
+    """The same layer and gradients where each expert's rows begin at a multiple of 64, as some kernels want them."""
+    params, x = params_for(CONFIG), normal(4, 9, 16)
+    routing = jaxmoe.route(normal(5, 9, 8), config=CONFIG)
+
+    def gradients(align: int, implementation: str) -> tuple[jax.Array, ...]:
+        plan = jaxmoe.plan_dispatch(routing.experts, CONFIG.num_expert_ids, align=align, implementation=implementation)
+        assert len(plan.slots) == (36 if align == 1 else 640)
+
+        def layer(*args: jax.Array) -> jax.Array:
+            x, *rest = args
+            return weighted_experts((implementation, align), x, *plan, *rest)
+
+        y, backward = jax.vjp(layer, x, routing.weights, params.gate_up, params.down)
+        return y, *backward(normal(6, 9, 16))
+
+    for got, want in zip(gradients(64, implementation), gradients(1, "xla"), strict=True):
+        exact = np.asarray(want, np.float64)
+        oracle.same(got, exact, rtol=1e-4, atol=1e-4)
+        with pytest.raises(AssertionError):
+            oracle.same(jnp.roll(got, 1, axis=0), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_params_are_a_pytree() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,27 +14,25 @@ import pytest
 
 import jaxmoe
 from kernels_pallas import grouped_matmul_grad_hopper as kernels
-from kernels_pallas.grouped_matmul_grad_hopper import BLOCK, HIGH, LINE, WIDE, Config
-from kernels_pallas.targets import TARGETS, custom_call_target
+from kernels_pallas import hopper
+from kernels_pallas.grouped_matmul_grad_hopper import HIGH, LINE, WIDE, Config
+from kernels_pallas.hopper import BLOCK
+from kernels_pallas.targets import TARGETS
 from tests.cases import BF16, F16, F32, normal
 from tests.jaxmoe.test_grouped_matmul import close, outer
+from tests.kernels_pallas.on_hopper import (  # noqa: F401
+    MULTIPROCESSORS,
+    described,
+    interpreted,
+    launches,
+    lowered,
+    new_jax,
+    on_hopper,
+    poison,
+    traced_anew,
+)
 
 I32 = jnp.int32
-MULTIPROCESSORS = kernels.multiprocessors()
-hopper = pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
-new_jax = pytest.mark.skipif(jax.__version_info__ < kernels.OLDEST_JAX, reason=f"needs jax {kernels.OLDEST_JAX}")
-
-
-@pytest.fixture
-def traced_anew() -> Iterator[None]:
-    """What was traced for another device is forgotten, before and after."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-def replaced(namespace: SimpleNamespace, **values: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**vars(namespace), **values})
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,13 @@ CASES = [
     Case("rows behind the last group", (70, 0, 9), 136),
     Case("tiles of columns that are no multiple of those that take turns", (9, 55), 64, 768, 512),
     Case("sizes past the rows, and negative ones", (100, -7, 100, 2**31 - 1), 136),
+]
+
+BLOCKS = [
+    Case("blocks, one group empty", (64, 0, 192), 320),
+    Case("empty groups at the ends, one block", (0, 64, 0), 64),
+    Case("no group has a row", (0, 0), 64),
+    Case("one huge group, odd E", (0, 0, 320), 320, 256, 512),
 ]
 
 
@@ -90,35 +94,48 @@ def check(case: Case, dtype: Any, run: Callable[..., jax.Array]) -> None:
     ids=lambda value: value.why if isinstance(value, Case) else "",
 )
 def test_interpreted(case: Case, config: Config, dtype: Any) -> None:
-    """With few stages and programs, so that each is used again and again; results nobody wrote are NaN.
-
-    Its race detector raises from jax 0.12 on. It takes products as done at once: a stage that is written while a
-    product still reads it does not show.
-    """
-    from jax.experimental.pallas import mosaic_gpu
-
-    options = {"programs": 2, "config": config, "interpret": mosaic_gpu.InterpretGPUParams(detect_races=True)}
+    """With few stages and programs, so that each is used again and again; results nobody wrote are NaN."""
+    options: dict[str, Any] = {"programs": 2, "config": config, "interpret": interpreted()}
     check(case, dtype, functools.partial(kernels.grouped_outer, **options))
 
 
-@hopper
+@new_jax
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.why)
+def test_interpreted_blocks(case: Case) -> None:
+    """Groups of whole blocks, of which nothing is copied beforehand."""
+    config = Config(128, 256, 2, num_stages=2)
+    options: dict[str, Any] = {"programs": 2, "config": config, "aligned": True, "interpret": interpreted()}
+    check(case, BF16, functools.partial(kernels.grouped_outer, **options))
+
+
+@on_hopper
 @pytest.mark.parametrize("programs", [MULTIPROCESSORS, 7], ids=["all", "7"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("config", [WIDE, HIGH], ids=["wide", "high"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_on_hopper(case: Case, config: Config, dtype: Any, programs: int) -> None:
-    jnp.full(2**28, jnp.nan).block_until_ready().delete()  # what is allocated next holds NaN
+    poison()
     check(case, dtype, jax.jit(functools.partial(kernels.grouped_outer, programs=programs, config=config)))
 
 
-@hopper
+@on_hopper
+@pytest.mark.parametrize("config", [WIDE, HIGH], ids=["wide", "high"])
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.why)
+def test_on_hopper_blocks(case: Case, config: Config) -> None:
+    poison()
+    options: dict[str, Any] = {"programs": MULTIPROCESSORS, "config": config, "aligned": True}
+    check(case, BF16, jax.jit(functools.partial(kernels.grouped_outer, **options)))
+
+
+@on_hopper
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_on_hopper_many_steps(seed: int) -> None:
+def test_on_hopper_many_steps(seed: int, aligned: bool) -> None:
     """Tens of tiles a program: a stage that is written too early would probably show."""
-    rng = np.random.default_rng(seed)
-    sizes = jnp.asarray(rng.multinomial(8000, np.ones(9) / 9), I32)
+    rng, unit = np.random.default_rng(seed), BLOCK if aligned else 1
+    sizes = jnp.asarray(rng.multinomial(8000 // unit, np.ones(9) / 9) * unit, I32)
     a, b = normal(seed, 8192, 2048, dtype=BF16), normal(seed + 9, 8192, 3840, dtype=BF16)
-    got = jax.jit(functools.partial(kernels.grouped_outer, programs=MULTIPROCESSORS))(a, b, sizes)
+    got = jax.jit(functools.partial(kernels.grouped_outer, programs=MULTIPROCESSORS, aligned=aligned))(a, b, sizes)
     ends = np.cumsum(np.asarray(sizes))
     parts = [(a[end - size : end], b[end - size : end]) for end, size in zip(ends, np.asarray(sizes), strict=True)]
     want = [jnp.matmul(x.T, y, precision="highest", preferred_element_type=F32) for x, y in parts]
@@ -183,15 +200,6 @@ def test_edges(case: Case) -> None:
         assert not held[before + size :].any()
 
 
-def lowered(function: Callable[..., Any], *args: Any) -> str:
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def launches(text: str) -> tuple[int, int]:
-    """(of this backend, of Triton's) in a lowered computation."""
-    return text.count("custom_call @mosaic_gpu"), text.count(f"custom_call @{custom_call_target()}")
-
-
 SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4096, 512))] + [
     jax.ShapeDtypeStruct((32,), I32)
 ]
@@ -222,7 +230,7 @@ def weight_gradient(
 @pytest.mark.usefixtures("traced_anew")
 def test_under_shard_map(shared: bool, check_vma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of weights that devices share, or each has its own, and Triton's of the rows."""
-    monkeypatch.setattr(kernels, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
     device = jax.sharding.AbstractDevice(device_kind=TARGETS["sm_90"].device_kind, platform="cuda", num_cores=None)
     axes = {"axis_types": (jax.sharding.AxisType.Auto,), "abstract_device": device}
     mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
@@ -266,62 +274,17 @@ def test_what_takes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gradient of the weights alone: the product and the gradient of rows are Triton's."""
-    monkeypatch.setattr(kernels, "multiprocessors", lambda: multiprocessors)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: multiprocessors)
 
     def loss(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
         product = jaxmoe.grouped_matmul(rows, weight, sizes, transposed=transposed, implementation="pallas")
         return jnp.sum(product.astype(F32) ** 2)
 
     args = [jax.ShapeDtypeStruct(s, dtype) for s in ((rows, 256), (32, 512, 256) if transposed else (32, 256, 512))]
-    platform, kind = TARGETS[target].platform, TARGETS[target].device_kind
-    device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*args, jax.ShapeDtypeStruct((32,), I32))
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    args.append(jax.ShapeDtypeStruct((32,), I32))
+    with described(target):
+        text = lowered(jax.grad(loss, argnums=(0, 1)), *args, platform=TARGETS[target].platform)
     assert launches(text) == ((1, 2) if taken else (0, 3))
-
-
-H100 = SimpleNamespace(core_count=132, compute_capability="9.0", device_kind="NVIDIA H100 80GB HBM3")
-
-
-@pytest.mark.parametrize(
-    ("why", "devices", "version", "count"),
-    [
-        ("one", [H100], (0, 11, 2), 132),
-        ("two, of which one has fewer", [H100, replaced(H100, core_count=114)], (0, 12, 0), 114),
-        ("old jax", [H100], (0, 10, 2), 0),
-        ("another GPU beside it", [H100, replaced(H100, compute_capability="8.0")], (0, 12, 0), 0),
-        ("nobody says how many", [SimpleNamespace(compute_capability="9.0", device_kind="")], (0, 12, 0), 0),
-        ("no GPU", None, (0, 12, 0), 0),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_multiprocessors(
-    why: str, devices: list[Any] | None, version: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def local_devices(backend: str) -> list[Any]:
-        if devices is None:
-            raise RuntimeError(f"Unknown backend {backend}")
-        return devices
-
-    monkeypatch.setattr(jax, "local_devices", local_devices)
-    monkeypatch.setattr(jax, "__version_info__", version)
-    assert kernels.multiprocessors() == count
-
-
-@pytest.mark.parametrize(("kind", "count"), [(H100.device_kind, 132), ("NVIDIA A100-SXM4-80GB", 0)])
-def test_multiprocessors_of_a_device_that_is_described(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [H100])
-    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    device = jax.sharding.AbstractDevice(device_kind=kind, platform="cuda", num_cores=None)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert kernels.multiprocessors() == count
-
-
-def test_multiprocessors_of_this_machine() -> None:
-    gpus = jax.local_devices() if jax.default_backend() == "gpu" else []
-    hopper = bool(gpus) and gpus[0].compute_capability == "9.0" and jax.__version_info__ >= kernels.OLDEST_JAX
-    assert bool(kernels.multiprocessors()) == hopper
 
 
 def test_no_tile() -> None:
@@ -336,15 +299,16 @@ def test_no_tile() -> None:
         (12, 128, WIDE, r"for \(12, 128\), \(12, 256\)"),
         (8, 128, replace(WIDE, num_stages=1), "a stage is free when the next has begun"),
         (8, 128, replace(WIDE, stores=3), "take turns"),
+        (72, 128, replace(WIDE, num_stages=4), "blocks of 64 of 72 rows"),
     ],
 )
 def test_configs_that_do_not_suit(rows: int, left: int, config: Config, message: str) -> None:
     a, b = jnp.zeros((rows, left), BF16), jnp.zeros((rows, 256), BF16)
     with pytest.raises(AssertionError, match=message):
-        kernels.grouped_outer(a, b, jnp.zeros(1, I32), programs=1, config=config)
+        kernels.grouped_outer(a, b, jnp.zeros(1, I32), programs=1, config=config, aligned=rows == 72)
 
 
-@hopper
+@on_hopper
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_on_hopper(transposed: bool) -> None:
     """Through `grouped_matmul`: by itself, under vmap, and under shard_map."""

@@ -1,0 +1,288 @@
+"""Grouped matmul of blocks by Hopper's copy engine: interpreted, lowered, chosen by the layer; on a GPU run."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.grouped_matmul import alignment
+from kernels_pallas import grouped_matmul_hopper as kernels
+from kernels_pallas import hopper
+from kernels_pallas.grouped_matmul_hopper import Config
+from kernels_pallas.hopper import BLOCK
+from kernels_pallas.targets import TARGETS
+from tests.cases import BF16, F16, F32, normal
+from tests.jaxmoe.test_grouped_matmul import close, product
+from tests.kernels_pallas.on_hopper import (  # noqa: F401
+    MULTIPROCESSORS,
+    described,
+    interpreted,
+    launches,
+    lowered,
+    new_jax,
+    on_hopper,
+    poison,
+    traced_anew,
+)
+
+I32 = jnp.int32
+FEW = Config(256, 2, num_stages=2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of whole blocks of rows."""
+
+    why: str
+    sizes: tuple[int, ...]
+    rows: int
+    depth: int = 128
+    width: int = 512
+
+
+CASES = [
+    Case("whole tiles and half ones, an empty group", (128, 64, 0, 192), 384),
+    Case("rows behind the last group", (64, 128), 384),
+    Case("empty groups at the ends, one block", (0, 64, 0), 64),
+    Case("no group has a row", (0, 0), 128),
+    Case("one huge group, odd E, parts that take turns", (0, 0, 704), 768),
+    Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
+]
+
+
+def check(case: Case, dtype: Any, run: Callable[..., jax.Array], transposed: bool) -> None:
+    """Rows of no group are not numbers, and come out as zeros."""
+    shape = (case.width, case.depth) if transposed else (case.depth, case.width)
+    rows = normal(0, case.rows, case.depth, dtype=dtype).at[sum(case.sizes) :].set(jnp.nan)
+    weight = normal(1, len(case.sizes), *shape, dtype=dtype, scale=case.depth**-0.5)
+    got = run(rows, weight, jnp.array(case.sizes, I32), transposed=transposed)
+    close(got, product(rows, weight, case.sizes, transposed), dtype)
+
+
+@new_jax
+@pytest.mark.parametrize(
+    ("case", "config", "dtype", "transposed"),
+    [
+        *((case, FEW, BF16, False) for case in CASES),
+        *((case, FEW, BF16, True) for case in CASES[:2]),
+        (CASES[0], Config(256, 8, num_stages=3, stores=1), F16, True),
+        (CASES[0], Config(256, 1, num_stages=4, stores=4), F16, False),
+    ],
+    ids=lambda value: value.why if isinstance(value, Case) else "",
+)
+def test_interpreted(case: Case, config: Config, dtype: Any, transposed: bool) -> None:
+    """With few stages and programs, so that each is used again and again; results nobody wrote are NaN."""
+    options: dict[str, Any] = {"programs": 3, "config": config, "interpret": interpreted()}
+    check(case, dtype, functools.partial(kernels.grouped_matmul, **options), transposed)
+
+
+@on_hopper
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("programs", [MULTIPROCESSORS, 3], ids=["all", "3"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_on_hopper(case: Case, dtype: Any, programs: int, transposed: bool) -> None:
+    poison()
+    run = functools.partial(kernels.grouped_matmul, programs=programs, config=Config(256, 2, num_stages=4))
+    check(case, dtype, jax.jit(run, static_argnames="transposed"), transposed)
+
+
+@on_hopper
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_hopper_many_steps(seed: int, transposed: bool) -> None:
+    """Tens of tiles a program, at a layer's size; the tile is that of `config_for`."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.multinomial(150, np.ones(9) / 9) * BLOCK
+    rows, shape = normal(seed, 10240, 2048, dtype=BF16), (4608, 2048) if transposed else (2048, 4608)
+    weight = normal(seed + 9, 9, *shape, dtype=BF16, scale=2048**-0.5)
+    run = functools.partial(kernels.grouped_matmul, transposed=transposed, programs=MULTIPROCESSORS)
+    poison()
+    got = jax.jit(run)(rows, weight, jnp.asarray(sizes, I32))
+    want, first = np.zeros(got.shape), 0
+    for e, size in enumerate(sizes):
+        w = weight[e].T if transposed else weight[e]
+        part = jnp.matmul(rows[first : first + size], w, precision="highest", preferred_element_type=F32)
+        want[first : first + size] = np.asarray(part, np.float64)
+        first += size
+    close(got, want, BF16)
+
+
+def test_config_for() -> None:
+    """Bfloat16 and float16, whole blocks and steps, pairs of tiles, enough rows: more where the result is narrow."""
+    find = kernels.config_for
+    assert find(34816, 32, 2048, 7168, BF16) == find(16384, 32, 4096, 4096, F16) == Config(256, 8, num_stages=4)
+    assert find(32768, 32, 7168, 2048, BF16) is not None
+    assert find(32704, 32, 7168, 2048, BF16) is find(16320, 32, 2048, 7168, BF16) is None, "too few rows"
+    assert find(34816, 32, 2048, 7168, F32) is None
+    assert find(34816 + 8, 32, 2048, 7168, BF16) is None, "rows"
+    assert find(34816, 32, 2048 + 8, 7168, BF16) is None, "depth"
+    assert find(34816, 32, 2048, 7168 + 256, BF16) is None, "an odd number of tiles"
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 8])
+@pytest.mark.parametrize("columns", [2, 6])
+def test_every_tile_once(columns: int, together: int) -> None:
+    """Two halves to a part; whole tiles go through pairs of columns side by side, and the half one with the last."""
+    for tiles, half in [(0, 1), *((t, h) for t in range(1, 10) for h in (0, 1))]:
+        count = tiles * columns + half * columns // 2
+        find = functools.partial(kernels.part_of, columns=columns, together=together)
+        parts = jax.vmap(find, in_axes=(0, None, None))(jnp.arange(count, dtype=I32), I32(tiles), I32(half))
+        rows, first, number = (np.asarray(of) for of in parts)
+        np.testing.assert_array_equal(number, np.where(rows == tiles, 2, 1))
+        seen = [(r, c + i) for r, c, n in zip(rows, first, number, strict=True) for i in range(n)]
+        assert sorted(seen) == [(r, c) for r in range(tiles + half) for c in range(columns)]
+        turns = max(-(-tiles // together), 1)
+        turn = np.minimum(rows, max(tiles - 1, 0)) // max(-(-tiles // turns), 1)  # the half one's is the last
+        order = list(zip(turn.tolist(), (first // 2).tolist(), strict=True))
+        assert order == sorted(order), "turns, and within one pairs of columns, one after the other"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_experts_of_blocks(case: Case) -> None:
+    bounds = [0, *np.cumsum(case.sizes).tolist(), case.rows]
+    want = [(e, first, end) for e, (first, end) in enumerate(itertools.pairwise(bounds)) if first < end]
+    got = np.asarray(kernels.experts_of_blocks(jnp.array(case.sizes, I32), case.rows)).reshape(3, -1)
+    blocks = [block for block in want for _ in range(block[1], block[2], BLOCK)]
+    np.testing.assert_array_equal(got, np.array(blocks).T)
+
+
+SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4, 256, 512))]
+SHAPES += [jax.ShapeDtypeStruct((4,), I32)]
+
+
+@new_jax
+def test_lowers() -> None:
+    """As it is, under vmap, and in 64-bit mode: this backend would take no 64-bit index."""
+    run = functools.partial(kernels.grouped_matmul, programs=132)
+    assert launches(lowered(run, *SHAPES)) == (1, 0)
+    batched = [jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for s in SHAPES]
+    assert launches(lowered(jax.vmap(run), *batched)) == (1, 0)
+    assert launches(lowered(jax.vmap(run, in_axes=(0, None, None)), batched[0], *SHAPES[1:])) == (1, 0)
+    with jax.enable_x64(True):
+        assert launches(lowered(run, *SHAPES)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "width", "config", "message"),
+    [
+        (64, 64, 512, None, r"no tile for bfloat16 \(64, 64\), \(1, 64, 512\)"),
+        (72, 64, 512, FEW, r"for \(72, 64\), 512"),
+        (64, 96, 512, FEW, r"for \(64, 96\), 512"),
+        (64, 64, 768, FEW, r"for \(64, 64\), 768"),
+        (64, 64, 512, replace(FEW, num_stages=1), "a stage is free when the next has begun"),
+        (64, 64, 512, replace(FEW, stores=3), "take turns"),
+    ],
+)
+def test_what_does_not_suit(rows: int, depth: int, width: int, config: Config | None, message: str) -> None:
+    a, weight = jnp.zeros((rows, depth), BF16), jnp.zeros((1, depth, width), BF16)
+    with pytest.raises(AssertionError, match=message):
+        kernels.grouped_matmul(a, weight, jnp.zeros(1, I32), programs=1, config=config)
+
+
+@pytest.mark.parametrize(
+    ("why", "implementation", "multiprocessors", "rows", "inner", "dtype", "align"),
+    [
+        ("a Hopper GPU", None, 132, 1024, 512, BF16, 64),
+        ("asked for", "pallas", 132, 1030, 512, F16, 64),
+        ("another GPU", None, 0, 1024, 512, BF16, 1),
+        ("XLA", "xla", 132, 1024, 512, BF16, 1),
+        ("interpreted", "interpret", 132, 1024, 512, BF16, 1),
+        ("few rows", None, 132, 1023, 512, BF16, 1),
+        ("float32", None, 132, 1024, 512, F32, 1),
+        ("a side without a tile", None, 132, 1024, 520, BF16, 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_alignment(
+    why: str,
+    implementation: str | None,
+    multiprocessors: int,
+    rows: int,
+    inner: int,
+    dtype: Any,
+    align: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: multiprocessors)
+    assert alignment(implementation, rows, 4, 512, inner, dtype) == align
+
+
+CONFIG = jaxmoe.RoutingConfig(num_experts=4, top_k=2)
+
+
+def layer(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, router: jax.Array, implementation: str = "pallas"
+) -> jax.Array:
+    params = jaxmoe.MoEParams(router=router, gate_up=gate_up, down=down)
+    return jaxmoe.moe(x, params, CONFIG, implementation=implementation)[0]
+
+
+def gradients(*args: jax.Array, implementation: str = "pallas") -> tuple[jax.Array, ...]:
+    """Of x and of every parameter; the result itself first."""
+    y, backward = jax.vjp(functools.partial(layer, implementation=implementation), *args)
+    return y, *backward(jnp.cos(jnp.arange(y.size, dtype=F32)).reshape(y.shape).astype(y.dtype))
+
+
+def arguments(tokens: int, dtype: Any, inner: int = 512) -> list[jax.ShapeDtypeStruct]:
+    shapes = (tokens, 512), (4, 512, 2 * inner), (4, inner, 512), (4, 512)
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+@new_jax
+@pytest.mark.parametrize(
+    ("why", "multiprocessors", "target", "tokens", "dtype", "inner", "found"),
+    [
+        ("all but the first product", 132, "sm_90", 2048, BF16, 512, 5),
+        ("weights' gradients alone, of few rows", 132, "sm_90", 512, BF16, 512, 2),
+        ("the same of too few rows for blocks", 132, "sm_90", 400, BF16, 512, 2),
+        ("the gradient of hidden rows is too narrow", 132, "sm_90", 2048, BF16, 256, 4),
+        ("another GPU", 0, "sm_80", 2048, BF16, 512, 0),
+        ("AMD's", 0, "gfx942", 2048, BF16, 512, 0),
+        ("float32", 132, "sm_90", 2048, F32, 512, 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.usefixtures("traced_anew")
+def test_what_the_layer_takes(
+    why: str,
+    multiprocessors: int,
+    target: str,
+    tokens: int,
+    dtype: Any,
+    inner: int,
+    found: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six products, of which the first gathers tokens."""
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: multiprocessors)
+    with described(target):
+        text = lowered(gradients, *arguments(tokens, dtype, inner), platform=TARGETS[target].platform)
+    assert launches(text)[0] == found
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [2048, 2047, 512], ids=["", "odd", "weights' gradients alone"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_layer_on_hopper(tokens: int, dtype: Any) -> None:
+    """The layer and its gradients are those of XLA's layer in float32."""
+    args = [normal(i, *a.shape, dtype=dtype, scale=0.05) for i, a in enumerate(arguments(tokens, dtype))]
+    args[0] *= 20
+    poison()
+    got = jax.jit(gradients)(*args)
+    want = jax.jit(functools.partial(gradients, implementation="xla"))(*(a.astype(F32) for a in args))
+    for a, b in zip(got, want, strict=True):
+        exact = np.asarray(b, np.float64)
+        off = lambda x, exact=exact: np.linalg.norm(np.asarray(x, np.float64) - exact) / np.linalg.norm(exact)
+        assert off(a) < float(jnp.finfo(dtype).eps)
+        assert off(jnp.roll(a, 1, axis=0)) > 0.5
+        assert off(jnp.zeros_like(a)) > 0.5
