@@ -1,9 +1,8 @@
 """Grouped matmul on NVIDIA Hopper, for JAX, of groups that begin and end at multiples of 64 rows: by the copy engine.
 
 Each of the two warpgroups that multiply has 64 rows of a tile, so no row of another group is ever loaded. A group's
-last tile may be half a tile: then both have its rows, and the columns of two neighbouring tiles. They take turns, a
-step each, and so go along K as slowly as those whose weights they share. All that is shared out among programs takes as
-long.
+last tile may be half a tile, for one of them. Two of these, of neighbouring columns, are done by one program, one after
+the other: so all that is shared out among programs takes as long, and they finish together.
 """
 
 from __future__ import annotations
@@ -57,12 +56,11 @@ def experts_of_blocks(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     return jnp.concatenate([expert, bounds[expert], bounds[expert + 1]])
 
 
-def part_of(number: Any, tiles: Any, half: Any, columns: int, together: int) -> tuple[Any, Any]:
-    """(tile of rows, first tile of columns) of an expert's part of this number.
+def part_of(number: Any, tiles: Any, half: Any, columns: int, together: int) -> tuple[Any, Any, Any]:
+    """(tile of rows, first tile of columns, how many of these) of an expert's part of this number.
 
-    The expert has so many whole tiles of rows and, if half is 1, one of half as many rows, whose parts are of two tiles
-    of columns. Up to `together` tiles of rows go through the columns side by side, as in `grouped_matmul.taking_turns`,
-    and the half one with the last.
+    The expert has so many whole tiles of rows and, if half is 1, one of half as many rows. Up to `together` tiles of
+    rows go through the columns side by side, as in `grouped_matmul.taking_turns`, and the half one with the last.
     """
     div = lambda x, y: jax.lax.div(x, jnp.asarray(y, jnp.int32))
     turns = jnp.maximum(div(tiles + (together - 1), together), 1)
@@ -76,7 +74,7 @@ def part_of(number: Any, tiles: Any, half: Any, columns: int, together: int) -> 
     halves = within == 2 * here
     second = jnp.where((within >= here) & jnp.logical_not(halves), 1, 0)
     row = jnp.where(halves, tiles, above + within - second * here)
-    return row, 2 * pair + second
+    return row, 2 * pair + second, jnp.where(halves, 2, 1)
 
 
 def _kernel(
@@ -103,29 +101,28 @@ def _kernel(
     mine = jax.lax.div(blocks * (columns // 2) - program + (programs - 1), np.int32(programs))
 
     def place(i: Any) -> tuple[Any, ...]:
-        """(expert, first row, first tile of columns, steps of a tile, whether it is two halves) of my part i."""
+        """(expert, first row, first tile of columns, how many of these, steps of one, if it is whole) of part i."""
         number = program + i * programs
         at = jax.lax.div(number, np.int32(columns // 2))
         expert, start, end = (blocks_ref[of * blocks + at] for of in range(3))
         has = jax.lax.div(end - start, np.int32(BLOCK))
         whole, first = jax.lax.div(has, np.int32(2)), jax.lax.div(start, np.int32(BLOCK)) * (columns // 2)
-        row, column = part_of(number - first, whole, has - 2 * whole, columns, config.together)
-        steps = jnp.where(expert < num_experts, np.int32(depth // DEPTH), 0)
-        return expert, pl.multiple_of(start + row * (2 * BLOCK), BLOCK), column, steps, row == whole
+        row, column, count = part_of(number - first, whole, has - 2 * whole, columns, config.together)
+        row = pl.multiple_of(start + row * (2 * BLOCK), BLOCK)
+        return expert, row, column, count, jnp.where(expert < num_experts, np.int32(depth // DEPTH), 0), count == 1
 
     @pl.when(warpgroup == LOADER)
     def load() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
         def load_part(i: Any, done: Any) -> Any:
-            expert, row, column, steps, halves = place(i)
+            expert, row, column, count, steps, whole = place(i)
 
             def step(j: Any, done: Any) -> Any:
-                at = hopper.stage(done, stages)
-                second = jnp.where(halves, jax.lax.rem(j, np.int32(2)), 0)
-                k = pl.ds(jnp.where(halves, jax.lax.div(j, np.int32(2)), j) * DEPTH, DEPTH)
+                at, tile = hopper.stage(done, stages), jax.lax.div(j, np.int32(depth // DEPTH))
+                k = pl.ds((j - tile * (depth // DEPTH)) * DEPTH, DEPTH)
                 pl.when(done >= stages)(lambda: plgpu.barrier_wait(empty.at[at]))
-                line = pl.ds((column + second) * n, n)
+                line = pl.ds((column + tile) * n, n)
                 weight = weight_ref.at[expert, *((line, k) if transposed else (k, line))]
                 plgpu.copy_gmem_to_smem(weight, b_smem.at[at], full.at[at])
 
@@ -134,11 +131,11 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(rows_ref.at[pl.ds(row + half * BLOCK, BLOCK), k], to, full.at[at])
 
                 copy(0)
-                pl.when(jnp.logical_not(halves))(lambda: copy(1))
-                pl.when(halves)(lambda: plgpu.barrier_arrive(full.at[at]))
+                pl.when(whole)(lambda: copy(1))
+                pl.when(jnp.logical_not(whole))(lambda: plgpu.barrier_arrive(full.at[at]))
                 return done + 1
 
-            return jax.lax.fori_loop(0, jnp.where(halves, 2 * steps, steps), step, done)
+            return jax.lax.fori_loop(0, count * steps, step, done)
 
         done = jax.lax.fori_loop(0, mine, load_part, jnp.int32(0))
         hopper.wait_for_all(empty, done, stages)
@@ -146,20 +143,36 @@ def _kernel(
     @pl.when(warpgroup != LOADER)
     def compute() -> None:
         plgpu.set_max_registers(232, action="increase")
+        half = pl.ds(warpgroup * BLOCK, BLOCK)
 
         def compute_part(i: Any, done: Any) -> Any:
-            _, row, column, steps, halves = place(i)
-            below = pl.multiple_of(jnp.where(halves, 0, warpgroup * BLOCK), BLOCK)
+            _, row, column, count, steps, whole = place(i)
+            works = (warpgroup == 0) | whole
 
-            def operands(at: Any) -> tuple[Any, Any]:
-                weight = b_smem.at[at].transpose((1, 0)) if transposed else b_smem.at[at]
-                return a_smem.at[at, pl.ds(below, BLOCK)], weight
+            def compute_tile(tile: Any, done: Any) -> Any:
+                worked = jnp.where(works, steps, 0)
 
-            total = hopper.multiply((BLOCK, n), operands, steps, done, full, empty, stages, apart=halves)
-            first_row, first_column = row + below, (column + jnp.where(halves, warpgroup, 0)) * n
-            part_of = lambda y, x: out_ref.at[pl.ds(first_row + y, BLOCK), pl.ds(first_column + x, BLOCK)]
-            hopper.store(total.astype(out_ref.dtype), out_smem.at[warpgroup], part_of)
-            return done + jnp.where(halves, 2 * steps, steps)
+                def operands(at: Any) -> tuple[Any, Any]:
+                    return a_smem.at[at, half], b_smem.at[at].transpose((1, 0)) if transposed else b_smem.at[at]
+
+                total = hopper.multiply((BLOCK, n), operands, worked, done, full, empty, stages)
+
+                def leave(j: Any, _: None) -> None:
+                    at = hopper.stage(done + j, stages)
+                    plgpu.barrier_wait(full.at[at])
+                    plgpu.barrier_arrive(empty.at[at])
+
+                jax.lax.fori_loop(worked, steps, leave, None)
+
+                @pl.when(works)
+                def _() -> None:
+                    first_row, first_column = row + warpgroup * BLOCK, (column + tile) * n
+                    part_of = lambda y, x: out_ref.at[pl.ds(first_row + y, BLOCK), pl.ds(first_column + x, BLOCK)]
+                    hopper.store(total.astype(out_ref.dtype), out_smem.at[warpgroup], part_of)
+
+                return done + steps
+
+            return jax.lax.fori_loop(0, count, compute_tile, done)
 
         jax.lax.fori_loop(0, mine, compute_part, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -184,7 +197,7 @@ def grouped_matmul(
     config = config or config_for(num_rows, num_experts, depth, width, rows.dtype)
     assert config is not None, f"no tile for {rows.dtype} {rows.shape}, {weight.shape}"
     assert num_rows % BLOCK == depth % DEPTH == width % (2 * config.columns) == 0, f"{config} for {rows.shape}, {width}"
-    assert config.num_stages > 2, "a stage is free when the next has begun, and every second one is another's"
+    assert config.num_stages > 1, "a stage is free when the next has begun"
     assert config.columns // BLOCK % config.stores == 0, "the pieces of a result take turns"
     return hopper.launch(
         functools.partial(_kernel, config=config, transposed=transposed, programs=programs),

@@ -61,44 +61,26 @@ def multiply(
     full: Any,
     empty: Any,
     stages: int,
-    apart: Any = None,
 ) -> jax.Array:
     """A warpgroup's sum, in float32, of the products of so many steps behind those that are done.
 
     operands: of a stage, which is waited for, and is empty as far as this warpgroup goes when they have been read.
-    apart: whether the two warpgroups take turns, a step each, first the first one, for which it takes three stages;
-    None: they never do.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    second = jax.lax.axis_index("warpgroup")  # 0 or 1
-    place = lambda j: stage(done + (j if apart is None else jnp.where(apart, 2 * j + second, j)), stages)
-
-    def leave(step: Any, condition: Any) -> None:
-        """The other warpgroup's; each phase of a barrier is to be seen."""
-
-        @pl.when(condition)
-        def _() -> None:
-            plgpu.barrier_wait(full.at[stage(step, stages)])
-            plgpu.barrier_arrive(empty.at[stage(step, stages)])
-
     def run(total: Any) -> Any:
         def step(j: Any, _: None) -> None:
-            if apart is not None:
-                leave(done + 2 * j, apart & (second == 1))
-            at = place(j)
+            at = stage(done + j, stages)
             plgpu.barrier_wait(full.at[at])
             plgpu.wgmma(total, *operands(at))
             plgpu.wgmma_wait(1)  # of the step before: what it read is free
-            pl.when(j > 0)(lambda: plgpu.barrier_arrive(empty.at[place(j - 1)]))
-            if apart is not None:  # behind that, or with three stages each would wait for the other
-                leave(done + 2 * j + 1, apart & (second == 0))
+            pl.when(j > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + j - 1, stages)]))
 
         jax.lax.fori_loop(0, steps, step, None)
         return total[...]
 
     total = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-    pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[place(steps - 1)]))
+    pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + steps - 1, stages)]))
     return total
 
 
