@@ -4,9 +4,9 @@
 
 DeepSeek-V3's width, tokens of top 8 over experts drawn at random, bfloat16: the products of the layer's passes, but for
 the first, and both weights' gradients. "hopper" has groups that begin and end anywhere, "blocks" the same filled up to
-multiples of 64 rows, as the layer has them. Times are taken as in `benchmarks.jax_layer`, with what is copied
-beforehand and, of blocks, the rows more; * marks what the layer takes, and TFLOP/s count the tokens' rows alone. What
-is wrong is not timed.
+multiples of 64 rows, as the layer has them from some number of rows on. Times are taken as in `benchmarks.jax_layer`,
+with what is copied beforehand and, of blocks, the rows more; * marks what the layer takes, and TFLOP/s count the
+tokens' rows alone. What is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -78,35 +78,40 @@ def _operands(work: Work, plan: jaxmoe.DispatchPlan, tokens: int, experts: int) 
     return rows, jax.random.normal(jax.random.key(2), (experts, *sides), jnp.bfloat16), plan.group_sizes
 
 
-def ways(work: Work, tokens: int, experts: int) -> dict[str, tuple[Callable[..., jax.Array], jaxmoe.DispatchPlan]]:
+Way = tuple[Callable[..., jax.Array], jaxmoe.DispatchPlan]
+
+
+def ways(work: Work, tokens: int, experts: int) -> dict[str, Way]:
     """Each way to do it on this GPU, and the plan of its rows."""
     plain, blocks = plan_of(tokens, experts, 1), plan_of(tokens, experts, hopper.BLOCK)
     triton = grouped_outer if work.gradient else functools.partial(grouped_matmul, transposed=work.transposed)
-    found: dict[str, Any] = {"triton": (jax.jit(triton), plain)}
     programs = hopper.multiprocessors()
     if not programs:
-        return found
-    align = alignment("pallas", tokens * TOP_K, experts, WIDTH, INNER, jnp.bfloat16)
-    options: dict[str, Any] = {"programs": programs}
+        return {"triton": (jax.jit(triton), plain)}
+    sides: dict[str, Any] = {"width": WIDTH, "inner": INNER, "dtype": jnp.bfloat16}
+    align = alignment("pallas", num_rows=tokens * TOP_K, num_experts=experts, **sides)
+    found: dict[str, Way] = {"triton": (triton, plain), "triton, blocks": (triton, blocks)}
+    takes = "triton" if align == 1 else "triton, blocks"
+    rows = len((plain if align == 1 else blocks).slots)
     if work.gradient:
-        of = grouped_matmul_grad_hopper
-        takes = of.config_for(tokens * TOP_K, experts, work.left, work.right, jnp.bfloat16)
-        for config in (of.WIDE, of.HIGH):
-            if work.left % config.left == work.right % config.right == 0:
-                name, run = f"{config.left} x {config.right}", functools.partial(of.grouped_outer, config=config)
-                mark = " *" if takes == config else ""
-                found[f"hopper {name}{mark if align == 1 else ''}"] = run, plain
-                found[f"blocks {name}{mark if align > 1 else ''}"] = functools.partial(run, aligned=True), blocks
+        config = grouped_matmul_grad_hopper.config_for(rows, experts, work.left, work.right, jnp.bfloat16)
+        for tile in (grouped_matmul_grad_hopper.WIDE, grouped_matmul_grad_hopper.HIGH):
+            if work.left % tile.left or work.right % tile.right:
+                continue
+            run = functools.partial(grouped_matmul_grad_hopper.grouped_outer, programs=programs, config=tile)
+            name = f"{tile.left} x {tile.right}"
+            found[f"hopper {name}"] = run, plain
+            found[f"hopper {name}, blocks"] = functools.partial(run, aligned=True), blocks
+            if config == tile:
+                takes = f"hopper {name}{'' if align == 1 else ', blocks'}"
     else:
-        tile = grouped_matmul_hopper.Config(256, 8, num_stages=4)
-        rows, sides = len(blocks.slots), (work.left, work.right)
-        taken = align > 1 and grouped_matmul_hopper.config_for(rows, experts, *sides, jnp.bfloat16) == tile
-        multiply = functools.partial(grouped_matmul_hopper.grouped_matmul, transposed=work.transposed, config=tile)
-        found[f"blocks{' *' if taken else ''}"] = multiply, blocks
-    return {
-        name: (run if name == "triton" else jax.jit(functools.partial(run, **options)), plan)
-        for name, (run, plan) in found.items()
-    }
+        options: dict[str, Any] = {"transposed": work.transposed, "programs": programs}
+        options["config"] = grouped_matmul_hopper.TILE
+        found["hopper, blocks"] = functools.partial(grouped_matmul_hopper.grouped_matmul, **options), blocks
+        if align > 1 and grouped_matmul_hopper.config_for(rows, experts, work.left, work.right, jnp.bfloat16):
+            takes = "hopper, blocks"
+    marked = lambda name: f"{name} *" if name == takes else name
+    return {marked(name): (jax.jit(run), plan) for name, (run, plan) in found.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("work", "most"))

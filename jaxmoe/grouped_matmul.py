@@ -19,13 +19,16 @@ from kernels_pallas.grouped_matmul import grouped_matmul as matmul_kernel
 from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
 
 
-def alignment(implementation: str | None, num_rows: int, num_experts: int, width: int, inner: int, dtype: Any) -> int:
-    """What the rows of each expert should begin at a multiple of, for the gradients of a layer's experts.
+def alignment(
+    implementation: str | None, *, num_rows: int, num_experts: int, width: int, inner: int, dtype: Any
+) -> int:
+    """What the rows of each expert should begin at a multiple of, for the products and gradients of a layer's experts.
 
-    64 on a Hopper GPU, where both weights' gradients have tiles that take such groups as they are; with few rows that
-    costs more than it saves. num_rows: without what is filled up.
+    64 where this machine's GPUs are Hopper's and both weights' gradients have tiles, which then take groups as they
+    are: also for a forward pass alone, which may be followed by the other. With fewer rows that costs the forward pass
+    more than it saves. num_rows: without what is filled up.
     """
-    if implementation in ("xla", "interpret") or not hopper.multiprocessors() or num_rows < 256 * num_experts:
+    if implementation in ("xla", "interpret") or num_rows < 512 * num_experts or not hopper.multiprocessors():
         return 1
     rows = num_rows - num_rows % hopper.BLOCK
     find = functools.partial(outer_hopper.config_for, rows, num_experts, dtype=dtype)
@@ -48,7 +51,7 @@ def _product_kernels(
     interpret: bool,
 ) -> jax.Array:
     """By the copy engine on a Hopper GPU, of groups that are blocks, where there is a tile for them, else Triton's."""
-    programs = 0 if align % hopper.BLOCK else _programs(target, interpret)
+    programs = 0 if align % hopper.BLOCK else _programs(target, interpret)  # for groups that begin anywhere it is none
     (num_rows, depth), num_experts, width = rows.shape, weight.shape[0], weight.shape[1 if transposed else 2]
     if programs and matmul_hopper.config_for(num_rows, num_experts, depth, width, rows.dtype):
         return matmul_hopper.grouped_matmul(rows, weight, group_sizes, transposed=transposed, programs=programs)
@@ -79,7 +82,7 @@ def _outer_kernels(
     """By the copy engine on a Hopper GPU where there is a tile for these shapes, else Triton's."""
     programs = _programs(target, interpret)
     if programs and outer_hopper.config_for(a.shape[0], group_sizes.shape[0], a.shape[1], b.shape[1], a.dtype):
-        aligned = align % hopper.BLOCK == a.shape[0] % hopper.BLOCK == 0
+        aligned = align % hopper.BLOCK == 0
         return outer_hopper.grouped_outer(a, b, group_sizes, programs=programs, aligned=aligned)
     return outer_kernel(a, b, group_sizes, target=target, interpret=interpret)
 

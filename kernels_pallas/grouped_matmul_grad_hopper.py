@@ -139,8 +139,8 @@ def _kernel(*refs: Any, config: Config, num_experts: int, left: int, right: int,
             total = hopper.multiply((m // 2, n), operands, steps, done, full, empty, stages)
             result = total.astype(out_ref.dtype)
             row = column_a + warpgroup * (m // 2)
-            part_of = lambda y, x: out_ref.at[expert, pl.ds(row + y, BLOCK), pl.ds(column_b + x, BLOCK)]
-            hopper.store(result, out_smem.at[warpgroup], part_of)
+            corner = lambda y, x: out_ref.at[expert, pl.ds(row + y, BLOCK), pl.ds(column_b + x, BLOCK)]
+            hopper.store(result, out_smem.at[warpgroup], corner)
             return done + steps
 
         jax.lax.fori_loop(0, mine, compute_tile, jnp.int32(0))

@@ -31,17 +31,20 @@ class Config:
     stores: int = 2  # pieces of a result, 64 x 64, that a warpgroup has on their way
 
 
+TILE = Config(256, 8, num_stages=4)  # measured on an H200
+
+
 @remembered
 def config_for(num_rows: int, num_experts: int, depth: int, width: int, dtype: Any) -> Config | None:
     """Which tile to use for these shapes; None where there is none, or where Triton's kernel is as fast or faster.
 
-    That is so with fewer rows, since two halves of a tile read twice what one reads, and programs are more unevenly
-    busy at the end; with narrow results up to more rows, as these have fewer parts to share out.
+    That is so with fewer rows, since two halves of a tile do not read their weights when others do, and programs are
+    more unevenly busy at the end; with narrow results up to more rows, as these have fewer parts to share out.
     """
-    if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % BLOCK or depth % DEPTH or width % 512:
+    if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % BLOCK or depth % DEPTH or width % (2 * TILE.columns):
         return None
-    least = 512 if width >= 4096 else 1024  # rows of an expert, on average: measured on an H200
-    return Config(256, 8, num_stages=4) if num_rows >= least * num_experts else None
+    least = 512 if width >= 4096 else 1024  # of an expert, with what can be filled up: measured on an H200
+    return TILE if num_rows >= least * num_experts else None
 
 
 def experts_of_blocks(group_sizes: jax.Array, num_rows: int) -> jax.Array:
@@ -49,7 +52,7 @@ def experts_of_blocks(group_sizes: jax.Array, num_rows: int) -> jax.Array:
 
     Three lists, one behind the other. The rows behind the last group are an expert, too.
     """
-    ends = jnp.clip(jnp.cumsum(jnp.clip(group_sizes, 0, num_rows), dtype=jnp.int32), 0, num_rows)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     first = jnp.arange(0, num_rows, BLOCK, dtype=jnp.int32)
     expert = jnp.sum(ends <= first[:, None], axis=1, dtype=jnp.int32)
     bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), ends, jnp.full(1, num_rows, jnp.int32)])
@@ -167,8 +170,8 @@ def _kernel(
                 @pl.when(works)
                 def _() -> None:
                     first_row, first_column = row + warpgroup * BLOCK, (column + tile) * n
-                    part_of = lambda y, x: out_ref.at[pl.ds(first_row + y, BLOCK), pl.ds(first_column + x, BLOCK)]
-                    hopper.store(total.astype(out_ref.dtype), out_smem.at[warpgroup], part_of)
+                    corner = lambda y, x: out_ref.at[pl.ds(first_row + y, BLOCK), pl.ds(first_column + x, BLOCK)]
+                    hopper.store(total.astype(out_ref.dtype), out_smem.at[warpgroup], corner)
 
                 return done + steps
 
@@ -190,8 +193,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """[M, N]: what `grouped_matmul.grouped_matmul` returns, of shapes for which `config_for` has a tile.
 
-    group_sizes: multiples of BLOCK. programs: how many run at a time, one a multiprocessor. interpret: this backend's
-    `InterpretGPUParams`.
+    group_sizes: multiples of BLOCK, as a plan has them. programs: how many run at a time, one a multiprocessor.
+    interpret: this backend's `InterpretGPUParams`.
     """
     (num_rows, depth), num_experts, width = rows.shape, weight.shape[0], weight.shape[1 if transposed else 2]
     config = config or config_for(num_rows, num_experts, depth, width, rows.dtype)

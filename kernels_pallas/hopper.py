@@ -84,8 +84,9 @@ def multiply(
     return total
 
 
-def store(result: jax.Array, held_smem: Any, part_of: Callable[[int, int], Any]) -> None:
-    """Hands a warpgroup's result to the copy engine, in pieces of 64 x 64; `part_of` where one goes, by its corner.
+def store(result: jax.Array, held_smem: Any, corner: Callable[[int, int], Any]) -> None:
+    """Hands a warpgroup's result to the copy engine, in pieces of 64 x 64; `corner`: where
+    one goes, by the row and column of its first entry.
 
     held_smem: room for some of them, which take turns.
     """
@@ -99,7 +100,7 @@ def store(result: jax.Array, held_smem: Any, part_of: Callable[[int, int], Any])
         held = held_smem.at[piece % room]
         held[...] = result[y : y + BLOCK, x : x + BLOCK]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(held, part_of(y, x))
+        plgpu.copy_smem_to_gmem(held, corner(y, x))
 
 
 def launch(
@@ -114,7 +115,7 @@ def launch(
     programs: int,
     interpret: Any,
 ) -> jax.Array:
-    """kernel(*args, out, *what a stage holds, pieces of the result, full, empty), in shared memory all but the first.
+    """kernel(*args, out, *what a stage holds, pieces of the result, full, empty); args and out are in global memory.
 
     stages: the shapes of what a stage holds. arrivals: copies that fill one. programs: how many run at a time, one a
     multiprocessor. Under vmap a loop: this backend's own vmap, of more programs and arrays of one more axis, has not

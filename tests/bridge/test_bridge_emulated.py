@@ -529,7 +529,7 @@ def test_weighted_experts(transposed: bool, emulator: Emulator, monkeypatch: pyt
 
     def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:
         arrays = x, found.rows, found.slots, found.group_sizes, weights, gate_up, down
-        return layer.weighted_experts("xla", *arrays)
+        return layer.weighted_experts(("xla", 1), *arrays)
 
     wide = [jax.numpy.asarray(a, F32) for a in (x, weights, gate_up, down)]
     want, pull = jax.vjp(exactly, *wide)

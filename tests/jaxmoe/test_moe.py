@@ -125,9 +125,12 @@ def test_moe_gradients(implementation: str) -> None:
 
 
 def test_groups_of_whole_blocks(implementation: str) -> None:
-    """The same layer and gradients where each expert's rows begin at a multiple of 64, as some kernels want them."""
-    params, x = params_for(CONFIG), normal(4, 9, 16)
-    routing = jaxmoe.route(normal(5, 9, 8), config=CONFIG)
+    """The same layer and gradients where each expert's rows begin at a multiple of 64, as some kernels want them.
+
+    The last token is padding.
+    """
+    params, x = params_for(CONFIG), normal(4, 9, 16).at[8].set(jnp.nan)
+    routing = jaxmoe.route(normal(5, 9, 8), config=CONFIG, num_valid_tokens=8)
 
     def gradients(align: int, implementation: str) -> tuple[jax.Array, ...]:
         plan = jaxmoe.plan_dispatch(routing.experts, CONFIG.num_expert_ids, align=align, implementation=implementation)

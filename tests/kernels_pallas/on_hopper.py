@@ -26,7 +26,10 @@ def traced_anew() -> Iterator[None]:
 
 
 def interpreted() -> Any:
-    """With the race detector. It takes products as done at once: a stage that is written too early does not show."""
+    """With the race detector, which raises from jax 0.12 on (0.11.2 prints).
+
+    It takes products as done at once: a stage that is written while a product reads it does not show.
+    """
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu.InterpretGPUParams(detect_races=True)

@@ -15,9 +15,9 @@ import pytest
 
 import jaxmoe
 from jaxmoe.grouped_matmul import alignment
+from kernels_pallas import grouped_matmul_grad_hopper, hopper
 from kernels_pallas import grouped_matmul_hopper as kernels
-from kernels_pallas import hopper
-from kernels_pallas.grouped_matmul_hopper import Config
+from kernels_pallas.grouped_matmul_hopper import TILE, Config
 from kernels_pallas.hopper import BLOCK
 from kernels_pallas.targets import TARGETS
 from tests.cases import BF16, F16, F32, normal
@@ -56,6 +56,7 @@ CASES = [
     Case("no group has a row", (0, 0), 128),
     Case("one huge group, odd E, parts that take turns", (0, 0, 704), 768),
     Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
+    Case("one step", (128, 64), 256, 64),
 ]
 
 
@@ -120,7 +121,7 @@ def test_on_hopper_many_steps(seed: int, transposed: bool) -> None:
 def test_config_for() -> None:
     """Bfloat16 and float16, whole blocks and steps, pairs of tiles, enough rows: more where the result is narrow."""
     find = kernels.config_for
-    assert find(34816, 32, 2048, 7168, BF16) == find(16384, 32, 4096, 4096, F16) == Config(256, 8, num_stages=4)
+    assert find(34816, 32, 2048, 7168, BF16) == find(16384, 32, 4096, 4096, F16) == TILE
     assert find(32768, 32, 7168, 2048, BF16) is not None
     assert find(32704, 32, 7168, 2048, BF16) is find(16320, 32, 2048, 7168, BF16) is None, "too few rows"
     assert find(34816, 32, 2048, 7168, F32) is None
@@ -133,17 +134,18 @@ def test_config_for() -> None:
 @pytest.mark.parametrize("columns", [2, 6])
 def test_every_tile_once(columns: int, together: int) -> None:
     """Two halves to a part; whole tiles go through pairs of columns side by side, and the half one with the last."""
-    for tiles, half in [(0, 1), *((t, h) for t in range(1, 10) for h in (0, 1))]:
-        count = tiles * columns + half * columns // 2
-        find = functools.partial(kernels.part_of, columns=columns, together=together)
-        parts = jax.vmap(find, in_axes=(0, None, None))(jnp.arange(count, dtype=I32), I32(tiles), I32(half))
-        rows, first, number = (np.asarray(of) for of in parts)
-        np.testing.assert_array_equal(number, np.where(rows == tiles, 2, 1))
-        seen = [(r, c + i) for r, c, n in zip(rows, first, number, strict=True) for i in range(n)]
-        assert sorted(seen) == [(r, c) for r in range(tiles + half) for c in range(columns)]
+    shapes = [(0, 1), *itertools.product(range(1, 10), (0, 1))]
+    numbers = [(n, t, h) for t, h in shapes for n in range(t * columns + h * columns // 2)]
+    find = jax.vmap(functools.partial(kernels.part_of, columns=columns, together=together))
+    parts = np.stack(find(*jnp.array(numbers, I32).T), axis=1).tolist()
+    for tiles, half in shapes:
+        mine = [part for part, (_, *shape) in zip(parts, numbers, strict=True) if shape == [tiles, half]]
+        assert all(count == (2 if row == tiles else 1) for row, _, count in mine)
+        seen = [(row, column + i) for row, column, count in mine for i in range(count)]
+        assert sorted(seen) == list(itertools.product(range(tiles + half), range(columns)))
         turns = max(-(-tiles // together), 1)
-        turn = np.minimum(rows, max(tiles - 1, 0)) // max(-(-tiles // turns), 1)  # the half one's is the last
-        order = list(zip(turn.tolist(), (first // 2).tolist(), strict=True))
+        height = max(-(-tiles // turns), 1)
+        order = [(min(row, max(tiles - 1, 0)) // height, column // 2) for row, column, _ in mine]
         assert order == sorted(order), "turns, and within one pairs of columns, one after the other"
 
 
@@ -192,14 +194,14 @@ def test_what_does_not_suit(rows: int, depth: int, width: int, config: Config | 
 @pytest.mark.parametrize(
     ("why", "implementation", "multiprocessors", "rows", "inner", "dtype", "align"),
     [
-        ("a Hopper GPU", None, 132, 1024, 512, BF16, 64),
-        ("asked for", "pallas", 132, 1030, 512, F16, 64),
-        ("another GPU", None, 0, 1024, 512, BF16, 1),
-        ("XLA", "xla", 132, 1024, 512, BF16, 1),
-        ("interpreted", "interpret", 132, 1024, 512, BF16, 1),
-        ("few rows", None, 132, 1023, 512, BF16, 1),
-        ("float32", None, 132, 1024, 512, F32, 1),
-        ("a side without a tile", None, 132, 1024, 520, BF16, 1),
+        ("a Hopper GPU", None, 132, 2048, 512, BF16, 64),
+        ("asked for", "pallas", 132, 2053, 512, F16, 64),
+        ("another GPU", None, 0, 2048, 512, BF16, 1),
+        ("XLA", "xla", 132, 2048, 512, BF16, 1),
+        ("interpreted", "interpret", 132, 2048, 512, BF16, 1),
+        ("few rows", None, 132, 2047, 512, BF16, 1),
+        ("float32", None, 132, 2048, 512, F32, 1),
+        ("a side without a tile", None, 132, 2048, 520, BF16, 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -214,7 +216,8 @@ def test_alignment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hopper, "multiprocessors", lambda: multiprocessors)
-    assert alignment(implementation, rows, 4, 512, inner, dtype) == align
+    sides: dict[str, Any] = {"width": 512, "inner": inner, "dtype": dtype}
+    assert alignment(implementation, num_rows=rows, num_experts=4, **sides) == align
 
 
 CONFIG = jaxmoe.RoutingConfig(num_experts=4, top_k=2)
@@ -238,17 +241,31 @@ def arguments(tokens: int, dtype: Any, inner: int = 512) -> list[jax.ShapeDtypeS
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
+@pytest.fixture
+def whether_blocks(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
+    """Of the weights' gradients that the copy engine would take, whether their groups are blocks."""
+    seen: set[bool] = set()
+
+    def grouped_outer(*args: Any, aligned: bool, **options: Any) -> jax.Array:
+        seen.add(aligned)
+        return of_weights(*args, aligned=aligned, **options)
+
+    of_weights = grouped_matmul_grad_hopper.grouped_outer
+    monkeypatch.setattr(grouped_matmul_grad_hopper, "grouped_outer", grouped_outer)
+    return seen
+
+
 @new_jax
 @pytest.mark.parametrize(
-    ("why", "multiprocessors", "target", "tokens", "dtype", "inner", "found"),
+    ("why", "multiprocessors", "target", "tokens", "dtype", "inner", "found", "blocks"),
     [
-        ("all but the first product", 132, "sm_90", 2048, BF16, 512, 5),
-        ("weights' gradients alone, of few rows", 132, "sm_90", 512, BF16, 512, 2),
-        ("the same of too few rows for blocks", 132, "sm_90", 400, BF16, 512, 2),
-        ("the gradient of hidden rows is too narrow", 132, "sm_90", 2048, BF16, 256, 4),
-        ("another GPU", 0, "sm_80", 2048, BF16, 512, 0),
-        ("AMD's", 0, "gfx942", 2048, BF16, 512, 0),
-        ("float32", 132, "sm_90", 2048, F32, 512, 0),
+        ("all but the first product", 132, "sm_90", 2048, BF16, 512, 5, True),
+        ("weights' gradients alone, of few rows", 132, "sm_90", 1024, BF16, 512, 2, True),
+        ("the same of too few rows for blocks", 132, "sm_90", 512, BF16, 512, 2, False),
+        ("the gradient of hidden rows is too narrow", 132, "sm_90", 2048, BF16, 256, 4, True),
+        ("another GPU", 0, "sm_80", 2048, BF16, 512, 0, None),
+        ("AMD's", 132, "gfx942", 2048, BF16, 512, 0, None),
+        ("float32", 132, "sm_90", 2048, F32, 512, 0, None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -261,6 +278,8 @@ def test_what_the_layer_takes(
     dtype: Any,
     inner: int,
     found: int,
+    blocks: bool | None,
+    whether_blocks: set[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Six products, of which the first gathers tokens."""
@@ -268,13 +287,69 @@ def test_what_the_layer_takes(
     with described(target):
         text = lowered(gradients, *arguments(tokens, dtype, inner), platform=TARGETS[target].platform)
     assert launches(text)[0] == found
+    if found:  # else they may have been traced, for a platform that is not lowered for
+        assert whether_blocks == {blocks}
+
+
+@new_jax
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("traced_anew")
+def test_groups_that_begin_anywhere_are_not_taken(
+    transposed: bool, whether_blocks: set[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The public `grouped_matmul`, of as many rows: the products are Triton's, the weights' gradient is not."""
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+
+    def loss(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.sum(jaxmoe.grouped_matmul(rows, weight, sizes, transposed=transposed, implementation="pallas"))
+
+    shapes = [jax.ShapeDtypeStruct(s, BF16) for s in ((4096, 512), (4, 512, 512))]
+    with described("sm_90"):
+        text = lowered(jax.grad(loss, argnums=(0, 1)), *shapes, jax.ShapeDtypeStruct((4,), I32))
+    assert launches(text) == (1, 1)  # nobody asks for the product itself
+    assert whether_blocks == {False}
+
+
+@new_jax
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.usefixtures("traced_anew")
+def test_layer_under_shard_map(check_vma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens split among two devices, which share the parameters."""
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+    device = jax.sharding.AbstractDevice(device_kind=TARGETS["sm_90"].device_kind, platform="cuda", num_cores=None)
+    axes: dict[str, Any] = {"axis_types": (jax.sharding.AxisType.Auto,), "abstract_device": device}
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
+    split, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    specs: dict[str, Any] = {"in_specs": (split, same, same, same), "out_specs": split}
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return jnp.sum(jax.shard_map(layer, mesh=mesh, check_vma=check_vma, **specs)(*args))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert launches(lowered(jax.grad(loss, argnums=(0, 1, 2)), *arguments(4096, BF16)))[0] == 4  # without `down`
+
+
+@new_jax
+@pytest.mark.usefixtures("traced_anew")
+def test_layer_under_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+    args = arguments(2048, BF16)
+    args[0] = jax.ShapeDtypeStruct((3, *args[0].shape), BF16)
+    with described("sm_90"):
+        text = lowered(jax.vmap(gradients, in_axes=(0, None, None, None)), *args)
+    assert launches(text)[0] == 5
 
 
 @on_hopper
-@pytest.mark.parametrize("tokens", [2048, 2047, 512], ids=["", "odd", "weights' gradients alone"])
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [(2048, 5), (2047, 5), (1024, 2), (512, 2)],
+    ids=["", "odd", "weights' gradients alone", "of groups that begin anywhere"],
+)
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_layer_on_hopper(tokens: int, dtype: Any) -> None:
+def test_layer_on_hopper(tokens: int, found: int, dtype: Any) -> None:
     """The layer and its gradients are those of XLA's layer in float32."""
+    assert launches(lowered(gradients, *arguments(tokens, dtype)))[0] == found
     args = [normal(i, *a.shape, dtype=dtype, scale=0.05) for i, a in enumerate(arguments(tokens, dtype))]
     args[0] *= 20
     poison()
