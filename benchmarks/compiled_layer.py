@@ -63,7 +63,7 @@ def compile_layer(tokens: int, *, forward: bool) -> tuple[str, Any]:
     function = layer if forward else jax.grad(loss, argnums=(0, 1))
     new = jax.__version_info__ >= hopper.OLDEST_JAX
     kind = AbstractDevice(device_kind=device.device_kind, platform="cuda", num_cores=None)
-    # Which kernel takes the weights' gradients would follow from this machine's GPU.
+    # Which kernels take products and weights' gradients would follow from this machine's GPU.
     described = mock.patch.object(hopper, "multiprocessors", return_value=MULTIPROCESSORS if new else 0)
     with folder, described, use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
         compiled = jax.jit(function).trace(x, weights, bias).lower(lowering_platforms=("cuda",)).compile()

@@ -32,8 +32,11 @@ tests)
     ;;
 sanitize)
     for tool in memcheck racecheck; do
-        timeout 280 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m benchmarks.sanitize >"$out/$tool.log" 2>&1
-        echo "$tool: exit $?; $(tail -2 "$out/$tool.log" | tr '\n' ' ')"
+        for program in sanitize_hopper sanitize; do
+            log="$out/$tool-$program.log"
+            timeout 250 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m benchmarks.$program >"$log" 2>&1
+            echo "$tool, $program: exit $?; $(tail -2 "$log" | tr '\n' ' ')"
+        done
     done
     ;;
 bench)

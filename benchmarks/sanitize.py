@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck python -m benchmarks.sanitize
     compute-sanitizer --tool racecheck python -m benchmarks.sanitize [experts layer ...]
 
-The kernels are launched from torch, so that of JAX alone (`grouped_matmul_grad_hopper`) is not among them. jax keeps to
-the CPU, where it computes what has to come out: with jax's runtime on the GPU compute-sanitizer itself crashes.
+The kernels are launched from torch; those of JAX alone are in `benchmarks.sanitize_hopper`. jax keeps to the CPU, where
+it computes what has to come out: with jax's runtime on the GPU compute-sanitizer itself crashes.
 """
 
 from __future__ import annotations

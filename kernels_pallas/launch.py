@@ -1,11 +1,11 @@
 """The one place that touches Pallas' Triton backend.
 
-Every kernel of this package is launched through `launch`, but for `grouped_matmul_grad_hopper`, which is on another
-backend. Blocks are never used: a kernel gets each array whole, as a pointer with a shape, and addresses it by index
-with explicit masks. Three reasons: rows may be strided, ragged ends are masked by hand in every version of jax (before
-0.12 the loads of a ragged last block are not), and one lowering serves every number of rows. Indexing a two-dimensional
-array by (row, column) also makes Pallas switch to 64-bit offsets as soon as the array passes 2**32 bytes; a flat index
-would wrap at 2**31 elements.
+Every kernel of this package is launched through `launch`, but for those on another backend (`hopper`). Blocks are
+never used: a kernel gets each array whole, as a pointer with a shape, and addresses it by index with explicit masks.
+Three reasons: rows may be strided, ragged ends are masked by hand in every version of jax (before 0.12 the loads of a
+ragged last block are not), and one lowering serves every number of rows. Indexing a two-dimensional array by (row,
+column) also makes Pallas switch to 64-bit offsets as soon as the array passes 2**32 bytes; a flat index would wrap at
+2**31 elements.
 
 Numbers that change with the number of tokens are `sizes`. XLA, which compiles for shapes anyway, has them built in;
 inside `runtime_sizes` a kernel takes them as arguments instead, so that one compilation serves every number of tokens.
