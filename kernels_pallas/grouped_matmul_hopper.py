@@ -2,7 +2,7 @@
 
 Each of the two warpgroups that multiply has 64 rows of a tile, so no row of another group is ever loaded. A group's
 last tile may be half a tile, for one of them. Two of these, of neighbouring columns, are done by one program, one after
-the other: so all that is shared out among programs takes as long, and they finish together.
+the other: so all that is shared out among programs takes about as long, if experts have many rows.
 """
 
 from __future__ import annotations
