@@ -170,7 +170,7 @@ def main() -> None:
         for name, found in row.items():
             flops = 2 * tokens * TOP_K * work.left * work.right
             speed = f"{found['us']:9.1f} us {flops / found['us'] / 1e6:6.1f} TFLOP/s" if found["us"] else "wrong"
-            print(f"{tokens:6} {work.name:24} {name:20} {speed}, off by {found['off by']:.1e}", flush=True)
+            print(f"{tokens:6} {work.name:24} {name:28} {speed}, off by {found['off by']:.1e}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -28,6 +28,7 @@ from kernels_pallas import grouped_matmul_grad_hopper, grouped_matmul_hopper, ho
 PROGRAMS = 7  # so that each takes several tiles
 NARROW, WIDE = 256, 512
 ANYWHERE, BLOCKS = (100, 3, 0, 201, 70), (128, 64, 0, 192, 64)  # rows of each expert, of 512
+_launch = hopper.launch  # as it is where it has been replaced
 
 
 def module_of(lowered: Any) -> bytes:
@@ -74,9 +75,6 @@ def launch_from_torch(kernel: Any, *args: jax.Array, out_shape: jax.ShapeDtypeSt
     """In place of `hopper.launch`."""
     run = jax.jit(functools.partial(_launch, kernel, out_shape=out_shape, **options))
     return from_torch(module_of(run.trace(*args).lower(lowering_platforms=("cuda",))), args, out_shape)
-
-
-_launch = hopper.launch
 
 
 def parts() -> Iterator[tuple[str, Callable[[], jax.Array], Callable[[], jax.Array]]]:

@@ -202,6 +202,7 @@ def test_what_does_not_suit(rows: int, depth: int, width: int, config: Config | 
         ("few rows", None, 132, 2047, 512, BF16, 1),
         ("float32", None, 132, 2048, 512, F32, 1),
         ("a side without a tile", None, 132, 2048, 520, BF16, 1),
+        ("down alone has none", None, 132, 2048, 192, BF16, 1),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
