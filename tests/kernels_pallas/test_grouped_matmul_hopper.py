@@ -243,13 +243,13 @@ def arguments(tokens: int, dtype: Any, inner: int = 512) -> list[jax.ShapeDtypeS
 
 
 @pytest.fixture
-def whether_blocks(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
-    """Of the weights' gradients that the copy engine would take, whether their groups are blocks."""
-    seen: set[bool] = set()
+def groups(monkeypatch: pytest.MonkeyPatch) -> set[tuple[bool, int]]:
+    """Of the weights' gradients that the copy engine would take: (whether their groups are blocks, rows)."""
+    seen: set[tuple[bool, int]] = set()
 
-    def grouped_outer(*args: Any, aligned: bool, **options: Any) -> jax.Array:
-        seen.add(aligned)
-        return of_weights(*args, aligned=aligned, **options)
+    def grouped_outer(a: jax.Array, *args: Any, aligned: bool, **options: Any) -> jax.Array:
+        seen.add((aligned, a.shape[0]))
+        return of_weights(a, *args, aligned=aligned, **options)
 
     of_weights = grouped_matmul_grad_hopper.grouped_outer
     monkeypatch.setattr(grouped_matmul_grad_hopper, "grouped_outer", grouped_outer)
@@ -280,7 +280,7 @@ def test_what_the_layer_takes(
     inner: int,
     found: int,
     blocks: bool | None,
-    whether_blocks: set[bool],
+    groups: set[tuple[bool, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Six products, of which the first gathers tokens."""
@@ -289,14 +289,14 @@ def test_what_the_layer_takes(
         text = lowered(gradients, *arguments(tokens, dtype, inner), platform=TARGETS[target].platform)
     assert launches(text)[0] == found
     if found:  # else they may have been traced, for a platform that is not lowered for
-        assert whether_blocks == {blocks}
+        assert groups == {(blocks, tokens * 2 + (4 * BLOCK if blocks else 0))}, "with what can be filled up"
 
 
 @new_jax
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.usefixtures("traced_anew")
 def test_groups_that_begin_anywhere_are_not_taken(
-    transposed: bool, whether_blocks: set[bool], monkeypatch: pytest.MonkeyPatch
+    transposed: bool, groups: set[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The public `grouped_matmul`, of as many rows: the products are Triton's, the weights' gradient is not."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
@@ -308,7 +308,7 @@ def test_groups_that_begin_anywhere_are_not_taken(
     with described("sm_90"):
         text = lowered(jax.grad(loss, argnums=(0, 1)), *shapes, jax.ShapeDtypeStruct((4,), I32))
     assert launches(text) == (1, 1)  # nobody asks for the product itself
-    assert whether_blocks == {False}
+    assert groups == {(False, 4096)}
 
 
 @new_jax
