@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What a change to the kernels has to go through on a GPU, in parts that each end within ten minutes:
 #
-#     benchmarks/on_a_gpu.sh tests|sanitize|bench|tiles|layers|endurance|counters [OUT]
+#     benchmarks/on_a_gpu.sh tests|sanitize|sanitize_hopper|bench|tiles|layers|endurance|counters [OUT]
 #
 # OUT (default: $OUT, or ./gpu_output) gets the logs and results. Where .peers/peers.tar.xz lies in the repository, as
 # pack_peers.sh makes it, the peers' kernels are unpacked from there (and wheels beside it installed, such as pytest-xdist);
 # else installed packages are taken, or none.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?tests, sanitize, bench, tiles, layers, endurance or counters}
+part=${1:?tests, sanitize, sanitize_hopper, bench, tiles, layers, endurance or counters}
 out=${2:-${OUT:-gpu_output}}
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
@@ -30,13 +30,11 @@ case $part in
 tests)
     timeout -s INT 560 python3 -m pytest -q -rf "${jobs[@]}" --maxfail=40 --durations=20 tests/gpu 2>&1 | tee "$out/tests.log" | tail -60
     ;;
-sanitize)
+sanitize | sanitize_hopper)
     for tool in memcheck racecheck; do
-        for program in sanitize_hopper sanitize; do
-            log="$out/$tool-$program.log"
-            timeout 250 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m benchmarks.$program >"$log" 2>&1
-            echo "$tool, $program: exit $?; $(tail -2 "$log" | tr '\n' ' ')"
-        done
+        log="$out/$tool${part#sanitize}.log"
+        timeout 280 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m "benchmarks.$part" >"$log" 2>&1
+        echo "$tool: exit $?; $(tail -2 "$log" | tr '\n' ' ')"
     done
     ;;
 bench)

@@ -17,6 +17,7 @@ from kernels_pallas import grouped_matmul_hopper as matmul_hopper
 from kernels_pallas import hopper
 from kernels_pallas.grouped_matmul import grouped_matmul as matmul_kernel
 from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
+from kernels_pallas.plan_dispatch import num_rows as plan_rows
 
 
 def alignment(
@@ -30,7 +31,7 @@ def alignment(
     """
     if implementation in ("xla", "interpret") or num_rows < 512 * num_experts or not hopper.multiprocessors():
         return 1
-    rows = num_rows - num_rows % hopper.BLOCK
+    rows = plan_rows(num_rows, num_experts, hopper.BLOCK)
     find = functools.partial(outer_hopper.config_for, rows, num_experts, dtype=dtype)
     return hopper.BLOCK if find(left=width, right=2 * inner) and find(left=inner, right=width) else 1
 

@@ -161,8 +161,9 @@ def moe(
         logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
     )
     num_rows, experts = routing.experts.size, config.num_expert_ids
-    sides = {"width": x.shape[1], "inner": inner}
-    align = alignment(implementation, num_rows=num_rows, num_experts=experts, **sides, dtype=x.dtype)
+    align = alignment(
+        implementation, num_rows=num_rows, num_experts=experts, width=x.shape[1], inner=inner, dtype=x.dtype
+    )
     plan = plan_dispatch(routing.experts, experts, align=align, implementation=implementation)
     y = weighted_experts((implementation, align), x, *plan, routing.weights, params.gate_up, params.down)
     return y, routing

@@ -85,10 +85,9 @@ def multiply(
 
 
 def store(result: jax.Array, held_smem: Any, corner: Callable[[int, int], Any]) -> None:
-    """Hands a warpgroup's result to the copy engine, in pieces of 64 x 64; `corner`: where
-    one goes, by the row and column of its first entry.
+    """Hands a warpgroup's result to the copy engine, in pieces of 64 x 64.
 
-    held_smem: room for some of them, which take turns.
+    held_smem: room for some of them, which take turns. corner: where one goes, by row and column of its first entry.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

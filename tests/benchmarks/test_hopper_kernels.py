@@ -77,6 +77,11 @@ def test_what_the_layer_takes_is_marked(tokens: int, product: str, narrow: str, 
         assert [name for name in hopper_kernels.ways(work, tokens, 32) if name.endswith("*")] == [f"{marked} *"]
 
 
+def test_a_tile_that_does_not_suit_is_left_out() -> None:
+    found = set(hopper_kernels.ways(Work("high", 256, 384, gradient=True), 4096, 32))
+    assert found == {"triton", "triton, blocks", "hopper 256 x 128", "hopper 256 x 128, blocks *"}
+
+
 def test_other_gpus_have_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 0)
     assert all(set(hopper_kernels.ways(work, 64, 8)) == {"triton"} for work in WAYS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,6 @@ from kernels_pallas.targets import TARGETS, custom_call_target
 MULTIPROCESSORS = hopper.multiprocessors()
 on_hopper = pytest.mark.skipif(not MULTIPROCESSORS, reason="needs a Hopper GPU")
 new_jax = pytest.mark.skipif(jax.__version_info__ < hopper.OLDEST_JAX, reason=f"needs jax {hopper.OLDEST_JAX}")
-
-
-@pytest.fixture
-def traced_anew() -> Iterator[None]:
-    """What was traced for another device is forgotten, before and after."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 def interpreted() -> Any:
@@ -40,11 +32,20 @@ def poison() -> None:
     jnp.full(2**28, jnp.nan).block_until_ready().delete()
 
 
+def _device(target: str) -> Any:
+    platform, kind = TARGETS[target].platform, TARGETS[target].device_kind
+    return jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
+
+
 def described(target: str) -> Any:
     """As if the device were this target's."""
-    platform, kind = TARGETS[target].platform, TARGETS[target].device_kind
-    device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=_device(target)))
+
+
+def two_devices() -> Any:
+    """A mesh of two Hopper GPUs, "data"."""
+    axes: dict[str, Any] = {"axis_types": (jax.sharding.AxisType.Auto,), "abstract_device": _device("sm_90")}
+    return jax.sharding.AbstractMesh((2,), ("data",), **axes)
 
 
 def lowered(function: Callable[..., Any], *args: Any, platform: str = "cuda") -> str:
@@ -54,3 +55,13 @@ def lowered(function: Callable[..., Any], *args: Any, platform: str = "cuda") ->
 def launches(text: str) -> tuple[int, int]:
     """(of Mosaic GPU's backend, of Triton's) in a lowered computation."""
     return text.count("custom_call @mosaic_gpu"), text.count(f"custom_call @{custom_call_target()}")
+
+
+def check_lowers(run: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """One launch: as it is, under vmap, and in 64-bit mode, since this backend would take no 64-bit index."""
+    assert launches(lowered(run, *shapes)) == (1, 0)
+    batched = [jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for s in shapes]
+    assert launches(lowered(jax.vmap(run), *batched)) == (1, 0)
+    assert launches(lowered(jax.vmap(run, in_axes=(0, None, None)), batched[0], *shapes[1:])) == (1, 0)
+    with jax.enable_x64(True):
+        assert launches(lowered(run, *shapes)) == (1, 0)

@@ -20,8 +20,9 @@ from kernels_pallas.hopper import BLOCK
 from kernels_pallas.targets import TARGETS
 from tests.cases import BF16, F16, F32, normal
 from tests.jaxmoe.test_grouped_matmul import close, outer
-from tests.kernels_pallas.on_hopper import (  # noqa: F401
+from tests.kernels_pallas.on_hopper import (
     MULTIPROCESSORS,
+    check_lowers,
     described,
     interpreted,
     launches,
@@ -29,7 +30,7 @@ from tests.kernels_pallas.on_hopper import (  # noqa: F401
     new_jax,
     on_hopper,
     poison,
-    traced_anew,
+    two_devices,
 )
 
 I32 = jnp.int32
@@ -207,14 +208,7 @@ SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4096, 51
 
 @new_jax
 def test_lowers() -> None:
-    """As it is, under vmap, and in 64-bit mode: this backend would take no 64-bit index."""
-    run = functools.partial(kernels.grouped_outer, programs=132)
-    assert launches(lowered(run, *SHAPES)) == (1, 0)
-    batched = [jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for s in SHAPES]
-    assert launches(lowered(jax.vmap(run), *batched)) == (1, 0)
-    assert launches(lowered(jax.vmap(run, in_axes=(0, None, None)), batched[0], *SHAPES[1:])) == (1, 0)
-    with jax.enable_x64(True):
-        assert launches(lowered(run, *SHAPES)) == (1, 0)
+    check_lowers(functools.partial(kernels.grouped_outer, programs=132), SHAPES)
 
 
 def weight_gradient(
@@ -231,9 +225,7 @@ def weight_gradient(
 def test_under_shard_map(shared: bool, check_vma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of weights that devices share, or each has its own, and Triton's of the rows."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
-    device = jax.sharding.AbstractDevice(device_kind=TARGETS["sm_90"].device_kind, platform="cuda", num_cores=None)
-    axes = {"axis_types": (jax.sharding.AxisType.Auto,), "abstract_device": device}
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
+    mesh = two_devices()
     split, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     spec = same if shared else split
 

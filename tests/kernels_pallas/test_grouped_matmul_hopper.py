@@ -22,8 +22,9 @@ from kernels_pallas.hopper import BLOCK
 from kernels_pallas.targets import TARGETS
 from tests.cases import BF16, F16, F32, normal
 from tests.jaxmoe.test_grouped_matmul import close, product
-from tests.kernels_pallas.on_hopper import (  # noqa: F401
+from tests.kernels_pallas.on_hopper import (
     MULTIPROCESSORS,
+    check_lowers,
     described,
     interpreted,
     launches,
@@ -31,7 +32,7 @@ from tests.kernels_pallas.on_hopper import (  # noqa: F401
     new_jax,
     on_hopper,
     poison,
-    traced_anew,
+    two_devices,
 )
 
 I32 = jnp.int32
@@ -164,14 +165,7 @@ SHAPES += [jax.ShapeDtypeStruct((4,), I32)]
 
 @new_jax
 def test_lowers() -> None:
-    """As it is, under vmap, and in 64-bit mode: this backend would take no 64-bit index."""
-    run = functools.partial(kernels.grouped_matmul, programs=132)
-    assert launches(lowered(run, *SHAPES)) == (1, 0)
-    batched = [jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for s in SHAPES]
-    assert launches(lowered(jax.vmap(run), *batched)) == (1, 0)
-    assert launches(lowered(jax.vmap(run, in_axes=(0, None, None)), batched[0], *SHAPES[1:])) == (1, 0)
-    with jax.enable_x64(True):
-        assert launches(lowered(run, *SHAPES)) == (1, 0)
+    check_lowers(functools.partial(kernels.grouped_matmul, programs=132), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +311,7 @@ def test_groups_that_begin_anywhere_are_not_taken(
 def test_layer_under_shard_map(check_vma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens split among two devices, which share the parameters."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
-    device = jax.sharding.AbstractDevice(device_kind=TARGETS["sm_90"].device_kind, platform="cuda", num_cores=None)
-    axes: dict[str, Any] = {"axis_types": (jax.sharding.AxisType.Auto,), "abstract_device": device}
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), **axes)
+    mesh = two_devices()
     split, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     specs: dict[str, Any] = {"in_specs": (split, same, same, same), "out_specs": split}
 
