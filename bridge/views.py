@@ -72,8 +72,8 @@ def to_torch(array: jax.Array) -> torch.Tensor:
       >>> import jax.numpy as jnp, bridge
       >>> array = jnp.arange(3)
       >>> tensor = bridge.to_torch(array)
-      >>> tensor, tensor.data_ptr() == array.unsafe_buffer_pointer()
-      (tensor([0, 1, 2], dtype=torch.int32), True)
+      >>> tensor.dtype, tensor.tolist(), tensor.data_ptr() == array.unsafe_buffer_pointer()
+      (torch.int32, [0, 1, 2], True)
     """
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         raise ValueError(f"array: expected a jax.Array with values, got {type(array).__name__}")

@@ -152,7 +152,7 @@ def route(
       >>> import jax.numpy as jnp, jaxmoe
       >>> config = jaxmoe.RoutingConfig(num_experts=4, top_k=2, scoring_func="softmax")
       >>> routing = jaxmoe.route(jnp.array([[0.0, 2.0, 1.0, 2.0]]), config=config)
-      >>> routing.experts.tolist(), routing.weights.tolist(), routing.load.tolist()
+      >>> routing.experts.tolist(), routing.weights.round(5).tolist(), routing.load.tolist()
       ([[1, 3]], [[0.5, 0.5]], [0, 1, 0, 1])
     """
     if not isinstance(config, RoutingConfig):

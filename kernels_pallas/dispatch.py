@@ -25,18 +25,21 @@ class Config:
 
 
 @remembered
-def config_for(num_rows: int, width: int, dtype: Any, target: str) -> Config:
-    """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
+def config_for(num_rows: int, num_pairs: int, width: int, dtype: Any, target: str) -> Config:
+    """Which tile to use for these shapes on this target ("cuda" or "rocm"); num_pairs: of a token and a slot."""
     itemsize = jnp.dtype(dtype).itemsize
     columns = min(next_power_of_2(width), 2048 // itemsize)
     one_warp = target == "cuda" and CACHED < num_rows * width * itemsize <= PAST_CACHE
-    return Config(columns=columns, clear_rows=64, num_warps=1 if one_warp else max(1, min(4, columns // 256)))
+    # Groups that are filled up have many empty rows, all behind one another.
+    clear_rows = 64 if num_rows == num_pairs else 16
+    num_warps = 1 if one_warp else max(1, min(4, columns // 256))
+    return Config(columns=columns, clear_rows=clear_rows, num_warps=num_warps)
 
 
 @remembered
 def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int]:
-    """The programs of the launch: one for each token's columns after another, then those that clear."""
-    return (num_tokens * pl.cdiv(width, config.columns) + pl.cdiv(num_rows, config.clear_rows),)
+    """The programs of the launch: those that clear, then one for each token's columns after another."""
+    return (pl.cdiv(num_rows, config.clear_rows) + num_tokens * pl.cdiv(width, config.columns),)
 
 
 def _dispatch_kernel(
@@ -52,11 +55,14 @@ def _dispatch_kernel(
     x_ref, rows_ref, slots_ref, *rest = refs
     scale_ref = rest[0] if has_scale else None
     out_ref = rest[-1]
-    tiles, program = pl.cdiv(width, config.columns), pl.program_id(0)
-    token = program // tiles
+    tiles = pl.cdiv(width, config.columns)
+    # Clearing comes first: a program does row after row of many, and would be the last to end.
+    clearing = pl.cdiv(num_rows, config.clear_rows)
+    program = pl.program_id(0) - clearing
 
-    @pl.when(token < num_tokens)
+    @pl.when(program >= 0)
     def _() -> None:
+        token = program // tiles
         col = (program - token * tiles) * config.columns + iota((config.columns,), 0)
         # All loads come first: none is moved over a store.
         x = load(x_ref.at[token, column + col], mask=col < width)
@@ -67,9 +73,9 @@ def _dispatch_kernel(
             mask = (col < width) & (row >= 0)
             store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=mask)
 
-    @pl.when(token >= num_tokens)
+    @pl.when(program < 0)
     def _() -> None:
-        first = (program - num_tokens * tiles) * config.clear_rows
+        first = (program + clearing) * config.clear_rows
         row = first + iota((config.clear_rows,), 0)
         empty = load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
 
@@ -108,7 +114,7 @@ def dispatch(
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
     num_rows = slots.shape[0]
-    config = config or config_for(num_rows, width, dtype, target)
+    config = config or config_for(num_rows, rows.size, width, dtype, target)
     args = [x, rows, slots, *([] if scale is None else [scale])]
     kernel = functools.partial(
         _dispatch_kernel,

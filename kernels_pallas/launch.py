@@ -19,7 +19,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 
 load = plgpu.load
 store = plgpu.store
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -63,9 +65,12 @@ def divmod_by(x: jax.Array, power_of_2: int) -> tuple[jax.Array, jax.Array]:
     return x >> (power_of_2.bit_length() - 1), x & (power_of_2 - 1)
 
 
-# Around what follows from shapes alone, and each launch from torch asks for again: pl.cdiv takes a microsecond. What is
-# remembered is shared, so nothing that can be written to.
-remembered = functools.lru_cache(maxsize=1024)
+def remembered(function: _Function) -> _Function:
+    """Around what follows from shapes alone, and each launch from torch asks for again: pl.cdiv takes a microsecond.
+
+    What is remembered is shared, so nothing that can be written to.
+    """
+    return cast(_Function, functools.lru_cache(maxsize=1024)(function))  # whose type would take any arguments
 
 
 def next_power_of_2(n: int) -> int:

@@ -193,7 +193,7 @@ def dispatch(
         ins.append(scale.data_ptr())
     into = out.data_ptr()
     stride, tokens, divisor, distance = laid(x, num_tokens)
-    config = dispatch_kernels.config_for(num_rows, width, JAX_DTYPES[out.dtype], _platform())
+    config = dispatch_kernels.config_for(num_rows, rows.numel(), width, JAX_DTYPES[out.dtype], _platform())
     kernel = _dispatch(
         x.dtype,
         out.dtype,

@@ -20,6 +20,7 @@ from tests.bridge.test_bridge_compat_vllm import (  # noqa: E402
     IDS,
     Case,
     check_unpermute,
+    drawn,
     local_ids,
     numbers,
     stated_align,
@@ -247,6 +248,17 @@ def test_replays_in_a_graph(tokens: int, gpu: Any) -> None:
             assert torch.equal(a, b)
         weights, rows, offsets, inverse = (results[i] for i in (0, 5, 7, 8))
         check_unpermute(given[3], stated_unpermute(rows, weights, inverse, offsets))
+
+
+def test_offsets_of_held_rows_change_nothing(gpu: Any) -> None:
+    """To the bit: with offsets or without it is the same kernel."""
+    x, ids, weights = numbers(21, 512, device=gpu), drawn(0, 9)(21, 3).to(gpu, torch.int32), numbers(21, 3, device=gpu)
+    rows, _, offsets, inverse, _ = vllm.moe_permute(x, None, ids, 9)
+    out, without = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    vllm.moe_unpermute(out, rows, weights, inverse, offsets)
+    vllm.moe_unpermute(without, rows, weights, inverse)
+    check_unpermute(out, stated_unpermute(rows, weights, inverse, offsets))
+    assert torch.equal(out, without)
 
 
 def launches(call: Callable[[], object]) -> list[str]:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_loops_move_addresses(name: str) -> None:
 
     It counts most in XLA's build, which this is not: its LLVM sees somewhat less.
     """
+    if name.startswith("grouped_outer") and version("triton").startswith("3.6."):
+        pytest.skip("triton 3.6 widens indices of these all the same, later ones do not")
     for kernel in BY_NAME[name].lower("sm_90"):
         ptx = compile_kernel(kernel, "sm_90").asm["ptx"]
         loops = re.findall(r"^(\$L__BB\w+):((?:(?!^\$L__BB).)*?)bra \t?\1;", ptx, re.S | re.M)
@@ -157,7 +160,7 @@ def test_one_kernel_for_every_number_of_rows(name: str) -> None:
         fn = functools.partial(entry.fn, target="cuda") if entry.takes_target else entry.fn
         return lower(fn, *shapes, target="sm_90", sizes_at_run_time=True)
 
-    for few, many in zip(lowered(0.95), lowered(1), strict=True):
+    for few, many in zip(lowered(15 / 16), lowered(1), strict=True):
         assert few.sizes == many.sizes
         assert _code(few) == _code(many)
 

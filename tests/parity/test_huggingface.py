@@ -205,11 +205,14 @@ def test_absent_fields_have_the_defaults_of_the_config_class(name):
 
 
 def test_text_config_of_a_multimodal_model():
-    # Kimi-K2.5 is published as a wrapper around kimi_k2, which newer transformers read as deepseek_v3.
-    text = MODELS["kimi-k2"].fields | {"model_type": "kimi_k2", "hidden_size": HIDDEN}
-    config = transformers.AutoConfig.for_model("kimi_k25", text_config=text)
-    assert config.text_config.model_type == "deepseek_v3"
+    # Kimi-K2.5 is published as a wrapper around kimi_k2: transformers 5.17 keeps that name, 5.24 reads deepseek_v3.
+    text = MODELS["kimi-k2"].fields | {"hidden_size": HIDDEN}
+    config = transformers.AutoConfig.for_model("kimi_k25", text_config=text | {"model_type": "kimi_k2"})
+    assert config.text_config.model_type in ("kimi_k2", "deepseek_v3")
     assert RoutingConfig.from_hf(config) == jaxmoe.presets["kimi-k2.5"]
+    for model_type in ("kimi_k2", "deepseek_v3"):
+        published = {"model_type": "kimi_k25", "text_config": text | {"model_type": model_type}}
+        assert RoutingConfig.from_hf(published) == jaxmoe.presets["kimi-k2.5"]
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "kimi-k3", "ernie-4.5-21b"])
