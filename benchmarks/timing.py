@@ -38,7 +38,7 @@ def time_graph(
     Where the replays, with their pauses, would take more than `seconds` there are fewer, ten at least.
 
     Replays follow one another at once. Large products then draw as much power as the card may, which lowers its clock;
-    with a pause before each replay, in seconds, it does not come to that (docs/performance.md, "Grouped matmul").
+    with a pause before each replay, in seconds, it does not come to that (docs/performance/grouped_matmul.md).
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

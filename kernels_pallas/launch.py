@@ -56,7 +56,7 @@ def load_masked(ref: Any, mask: jax.Array | None) -> jax.Array:
 
 
 # Bytes that one kernel writes and the next reads, on an H100 with 50 MB of cache: from the first on they do not all
-# stay in it, above the second hardly any do (docs/performance.md, "Dispatch and combine").
+# stay in it, above the second hardly any do (docs/performance/plan_dispatch_combine.md, "The cache").
 CACHED, PAST_CACHE = 24 << 20, 400 << 20
 
 

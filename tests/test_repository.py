@@ -94,6 +94,30 @@ def test_every_package_is_packed_and_type_checked() -> None:
     assert settings["mypy"]["packages"] == list(OURS)
 
 
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """To a file or folder that is there, and to a heading that it has."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in names, f"{link}: no such heading"
+
+
+def test_pages_name_results_that_are_there() -> None:
+    for page in PAGES:
+        for folder in re.findall(r"\bh[12]00-20\d\d-\d\d-\d\d(?:-[a-z]+)?", page.read_text()):
+            assert (ROOT / "benchmarks" / "results" / folder).is_dir(), f"{page}: {folder}"
+
+
 def test_info_lists_every_function(capsys: pytest.CaptureFixture[str]) -> None:
     """A function that joins the API must say what runs it."""
     assert main(["info"]) == 0

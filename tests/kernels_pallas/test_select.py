@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,13 @@ import pytest
 
 from kernels_pallas import quick as quick_search
 from kernels_pallas import score, select
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """These are functions of a kernel without the kernel: XLA takes minutes to compile some for a GPU."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 12])
