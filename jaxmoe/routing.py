@@ -64,7 +64,9 @@ def _forward(
             target=target,
             interpret=interpret,
         )
-        return (*results[:2], count_load(results[1], results[2], interpret=interpret)) if return_load else results
+        if not return_load:
+            return results
+        return *results[:2], count_load(results[1], results[2], target=target, interpret=interpret)
 
     return run(implementation, kernels, xla, logits, bias, valid, out)
 

@@ -105,7 +105,7 @@ def _route_grad(name: str, rule: Rule, logits: Any = BF16, tokens: int = 4096) -
 
 def _count(name: str, tokens: int, slots: int, ids: int) -> Entry:
     args = (_shape(I32, tokens, slots), _shape(I32, ids))
-    return Entry(f"count_load {name}", ("count_load",), count_load, args, takes_target=False)
+    return Entry(f"count_load {name}", ("count_load",), count_load, args)
 
 
 def _plan(

@@ -40,10 +40,10 @@ class _Assembly:
     laid an element out on several threads, its result would be wrong.
     """
 
-    def __init__(self, words: int, length: int, num_warps: int) -> None:
+    def __init__(self, words: int, length: int, num_warps: int, *, arrays: int) -> None:
         self.threads = num_warps * 32
         assert length % self.threads == 0, f"{length} elements for {self.threads} threads"
-        self.pack, self.length = length // self.threads, length
+        self.pack, self.length, self.arrays = length // self.threads, length, arrays  # with the result
         self.lines = [
             f".shared .align 4 .b32 jaxmoe_words[{words}];",
             "{",
@@ -74,10 +74,11 @@ class _Assembly:
     def each(self, template: str) -> None:
         """Lines for every element; {0}, {1}, ... stand for the result and the arguments."""
         for i in range(self.pack):
-            registers = [f"${i + j * self.pack}" for j in range(4)]
+            registers = [f"${i + j * self.pack}" for j in range(self.arrays)]
             self.lines += [line.strip().format(*registers) for line in template.strip().splitlines()]
 
     def __call__(self, *args: jax.Array) -> jax.Array:
+        assert len(args) == self.arrays - 1
         operands = ["=&r"] * self.pack + ["r"] * (self.pack * len(args))
         (result,) = plgpu.elementwise_inline_asm(
             "\n".join([*self.lines, "}"]),
@@ -90,12 +91,19 @@ class _Assembly:
 
 
 def histogram(
-    numbers: Callable[[jax.Array], jax.Array], size: int, bins: int, num_warps: int, assembly: bool
+    numbers: Callable[[jax.Array], jax.Array],
+    size: int,
+    bins: int,
+    num_warps: int,
+    assembly: bool,
+    *,
+    parts: int = 1,
 ) -> jax.Array:
     """int32 [at least bins]: how many of numbers(0), ..., numbers(size - 1) are each of 0 to bins - 1, then zeros.
 
-    `size` is a power of two; `numbers` says what stands at an array of indices [n], also beyond `size`: a negative
-    number, which is not counted.
+    `size` and `parts` are powers of two; `numbers` says what stands at an array of indices [n], also beyond `size`: a
+    negative number, which is not counted. With assembly they are read as so many arrays, and the result is as long as
+    one of them, or as there are bins or threads, if these are more.
     """
     bins = next_power_of_2(bins)
     if not assembly:
@@ -103,19 +111,21 @@ def histogram(
         step = lambda i, total: tally(total, numbers(i * STRIP + iota((STRIP,), 0)))
         total = jax.lax.fori_loop(0, max(size // STRIP, 1), step, jnp.zeros(tile, jnp.int32))
         return total.reshape(-1)
-    count = _Assembly(bins, max(size, bins, num_warps * 32), num_warps)
-    count.each(f"""
-        setp.lt.u32 %in, {{1}}, {bins};
-        mad.lo.u32 %at, {{1}}, 4, %words;
+    length = max(size // parts, bins, num_warps * 32)
+    count = _Assembly(bins, length, num_warps, arrays=parts + 2)
+    for part in range(1, parts + 1):
+        count.each(f"""
+        setp.lt.u32 %in, {{{part}}}, {bins};
+        mad.lo.u32 %at, {{{part}}}, 4, %words;
         @%in red.shared.add.u32 [%at], 1;""")
     count.meet()
     count.each(f"""
         mov.u32 {{0}}, 0;
-        setp.lt.u32 %in, {{2}}, {bins};
-        mad.lo.u32 %at, {{2}}, 4, %words;
+        setp.lt.u32 %in, {{{parts + 1}}}, {bins};
+        mad.lo.u32 %at, {{{parts + 1}}}, 4, %words;
         @%in ld.shared.b32 {{0}}, [%at];""")
-    index = iota((count.length,), 0)
-    return count(numbers(index), index)
+    index = iota((length,), 0)
+    return count(*(numbers(part * length + index) for part in range(parts)), index)
 
 
 def places(number: jax.Array, first: jax.Array, size: int, bins: int, num_warps: int) -> jax.Array:
@@ -128,7 +138,8 @@ def places(number: jax.Array, first: jax.Array, size: int, bins: int, num_warps:
     some = bins  # numbers at a time
     while 4 * (bins + rows * some) > STATIC:
         some //= 2
-    place = _Assembly(bins + rows * some, number.shape[0], num_warps)  # `first`, and [rows, some]: a bit for each index
+    # `first`, and [rows, some]: a bit for each index
+    place = _Assembly(bins + rows * some, number.shape[0], num_warps, arrays=4)
     place.each(f"""
         setp.lt.u32 %in, {{3}}, {bins};
         mad.lo.u32 %at, {{3}}, 4, %words;

@@ -31,7 +31,7 @@ def config_for(num_rows: int, num_pairs: int, width: int, dtype: Any, target: st
     columns = min(next_power_of_2(width), 2048 // itemsize)
     one_warp = target == "cuda" and CACHED < num_rows * width * itemsize <= PAST_CACHE
     # Groups that are filled up have many empty rows, all behind one another.
-    clear_rows = 64 if num_rows == num_pairs else 16
+    clear_rows = 64 if num_rows == num_pairs else 8
     num_warps = 1 if one_warp else max(1, min(4, columns // 256))
     return Config(columns=columns, clear_rows=clear_rows, num_warps=num_warps)
 

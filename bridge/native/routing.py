@@ -180,16 +180,18 @@ def remember_route(
 
 
 @functools.cache
-def _count_load(num_ids: int, is_aligned: bool, device: int) -> Kernel:
+def _count_load(num_ids: int, config: count.Config, is_aligned: bool, device: int) -> Kernel:
     experts, cleared = shape(INT32, 1, 1), shape(INT32, num_ids)
-    return build(count.count_load, device, is_aligned, experts=experts, cleared=cleared)[0]
+    return build(count.count_load, device, is_aligned, experts=experts, cleared=cleared, config=config)[0]
 
 
 def _count(experts: torch.Tensor, load: torch.Tensor, device: int) -> None:
     """Counts the ids into `load`, which has been cleared."""
     ids, counts = experts.data_ptr(), load.data_ptr()
-    grid, sizes = count.shape_for(experts.numel(), load.numel())
-    _count_load(load.numel(), aligned(ids, counts), device)(*grid, ids, counts, *sizes.values(), counts)
+    num_items = experts.numel()
+    config = count.config_for(num_items, _platform())
+    (programs,) = count.grid_for(num_items, config)
+    _count_load(load.numel(), config, aligned(ids, counts), device)(programs, 1, ids, counts, num_items, counts)
 
 
 @functools.cache

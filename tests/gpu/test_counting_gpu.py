@@ -1,4 +1,4 @@
-"""Every way to a plan on the GPU, however the pairs are cut."""
+"""Every way to a plan and to the load on the GPU, however the pairs are cut."""
 
 import functools
 
@@ -9,7 +9,10 @@ import pytest
 
 import jaxmoe
 from kernels_pallas import plan_dispatch as kernels
+from kernels_pallas.count import Config, count_load
 from tests.check_plan import WAYS, check_plan
+from tests.kernels_pallas.test_count import CONFIGS, ids_of, stated
+from tests.kernels_pallas.test_count import SHAPES as COUNTS
 
 SHAPES = [(1, 1), (5, 1), (5, 4), (13, 3), (256, 1), (256, 64), (1026, 8), (2048, 1)]
 
@@ -31,3 +34,13 @@ def test_every_way(way: str, num_experts: int, align: int, implementation: str) 
             )
         )(experts)
         check_plan(jaxmoe.DispatchPlan(*plan), experts, num_experts, align)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("num_ids", "tokens", "slots"), [*COUNTS, (257, 40960, 8)])
+def test_load(num_ids: int, tokens: int, slots: int, config: Config | None, implementation: str) -> None:
+    del implementation
+    ids = ids_of(num_ids, tokens, slots)
+    run = jax.jit(functools.partial(count_load, config=config), donate_argnums=1)
+    got = run(jnp.asarray(ids), jnp.zeros(num_ids, jnp.int32))
+    np.testing.assert_array_equal(got, stated(ids, num_ids), strict=True)

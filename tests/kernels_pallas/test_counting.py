@@ -33,12 +33,14 @@ def emulate(function: Any, *arrays: np.ndarray, length: int) -> np.ndarray:
     return out
 
 
-def counted(ids: Any, *, size: int, bins: int, num_warps: int, assembly: bool, interpret: bool) -> jax.Array:
+def counted(
+    ids: Any, *, size: int, bins: int, num_warps: int, parts: int, assembly: bool, interpret: bool
+) -> jax.Array:
     length = next_power_of_2(bins)
 
     def kernel(ids_ref: Any, out_ref: Any) -> None:
         numbers = lambda index: load(ids_ref.at[index], mask=index < ids.size, other=-1)
-        found = histogram(numbers, size, bins, num_warps, assembly)
+        found = histogram(numbers, size, bins, num_warps, assembly, parts=parts)
         index = iota(found.shape, 0)
         store(out_ref.at[index], found, mask=index < length)
 
@@ -50,10 +52,11 @@ SHAPES = [(32, 1, 4), (32, 300, 1), (64, 64, 4), (512, 5, 4), (512, 256, 8), (10
 
 
 @pytest.mark.parametrize(("size", "bins", "num_warps"), SHAPES)
+@pytest.mark.parametrize("parts", [1, 2, 8])
 @pytest.mark.parametrize("way", ["interpret", pytest.param("emulate", marks=needs_triton)])
-def test_histogram(size: int, bins: int, num_warps: int, way: str) -> None:
+def test_histogram(size: int, bins: int, num_warps: int, parts: int, way: str) -> None:
     """More numbers than bins and fewer, fewer than threads; some negative, and all the same."""
-    run = functools.partial(counted, size=size, bins=bins, num_warps=num_warps)
+    run = functools.partial(counted, size=size, bins=bins, num_warps=num_warps, parts=parts)
     rng = np.random.default_rng(size)
     for low, high in ((-3, bins), (bins - 1, bins)):
         ids = rng.integers(low, high, size - 3, dtype=np.int32)

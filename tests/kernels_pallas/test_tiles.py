@@ -123,7 +123,7 @@ def test_rows_that_a_program_clears() -> None:
         dispatch.config_for, num_pairs=8 * 4096, width=7168, dtype=jnp.bfloat16, target="cuda"
     )
     assert config_for(8 * 4096).clear_rows == 64
-    assert config_for(8 * 4096 + 63 * 32).clear_rows == 16
+    assert config_for(8 * 4096 + 63 * 32).clear_rows == 8
 
 
 @pytest.mark.parametrize(
