@@ -29,7 +29,11 @@ def tally(total: jax.Array, number: jax.Array) -> jax.Array:
     high = (number // LOW)[None, :] == iota((total.shape[0], number.shape[0]), 0)
     low = (number & (LOW - 1))[None, :] == iota((LOW, number.shape[0]), 0)
     return total + jax.lax.dot_general(
-        high.astype(jnp.int8), low.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+        high.astype(jnp.int8),
+        low.astype(jnp.int8),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.int32,
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import CACHED, PAST_CACHE, iota, launch, load, next_power_of_2, remembered, store
+from kernels_pallas.launch import CACHED, PAST_CACHE, cdiv, iota, launch, load, next_power_of_2, remembered, store
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _dispatch_kernel(
     out_ref = rest[-1]
     tiles = pl.cdiv(width, config.columns)
     # Clearing comes first: a program does row after row of many, and would be the last to end.
-    clearing = pl.cdiv(num_rows, config.clear_rows)
+    clearing = cdiv(num_rows, config.clear_rows)
     program = pl.program_id(0) - clearing
 
     @pl.when(program >= 0)

@@ -118,7 +118,8 @@ def taking_turns(program: Any, tiles: Any, columns: int, together: int) -> tuple
 
 def dot_add(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
     """total + a @ b, in float32; of float32 operands every bit counts."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Said for all, or jax_default_matmul_precision would decide, and sums be float16 at its most careless.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return total + jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 

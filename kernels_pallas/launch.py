@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -76,6 +77,17 @@ def remembered(function: _Function) -> _Function:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for n = 0): every Triton tensor has such sides."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(x: Any, y: Any) -> Any:
+    """How many times y, one of them not full, make x, in a kernel; neither is negative.
+
+    pl.cdiv of a traced number takes Python's for 64 bits where JAX does (jax_enable_x64), and refuses the pair.
+    """
+    if isinstance(x, int) and isinstance(y, int):
+        return pl.cdiv(x, y)
+    x, y = jnp.asarray(x, jnp.int32), jnp.asarray(y, jnp.int32)
+    return jax.lax.div(x + (y - np.int32(1)), y)
 
 
 def bounded(index: jax.Array, most: Any) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import plan_forms as forms
 from kernels_pallas.counting import BITS, LOW, STRIP, histogram, places, tally
-from kernels_pallas.launch import iota, launch, load, next_power_of_2, remembered, store
+from kernels_pallas.launch import cdiv, iota, launch, load, next_power_of_2, remembered, store
 from kernels_pallas.plan_owned import plan_kernel
 
 NAMES = ("plan_dispatch", "plan_count", "plan_place")  # of the kernels: the one launch, or the two
@@ -170,7 +170,7 @@ def _count_kernel(
         put(steps, column, total)
 
     empty = -1 if form == forms.PLAN else num_items
-    forms.fill(slots_ref, empty, 0, rows, program, pl.cdiv(blocks, steps) * ranges)
+    forms.fill(slots_ref, empty, 0, rows, program, cdiv(blocks, steps) * ranges)
 
 
 def _place_kernel(
@@ -211,7 +211,7 @@ def _place_kernel(
     def add(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Of all chunks, and of those before this block's."""
         other, column = i * tile[0] + iota(tile, 0), iota(tile, 1)
-        mask = (column < num_experts) & (other < pl.cdiv(blocks, steps))
+        mask = (column < num_experts) & (other < cdiv(blocks, steps))
         total = load(counts_ref.at[other * (steps + 1) + steps, column], mask=mask, other=0)
         earlier = jnp.where(other < chunk, total, 0)
         return sums[0] + jnp.sum(total, axis=0, dtype=jnp.int32), sums[1] + jnp.sum(earlier, axis=0, dtype=jnp.int32)

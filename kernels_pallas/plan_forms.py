@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, load, store
+from kernels_pallas.launch import cdiv, iota, load, store
 
 SHARE = 1024  # places that are filled at once
 PLAN, BLOCKS, NAMED_BLOCKS = "plan", "blocks", "named blocks"  # of the last the map names the blocks, not the ids
@@ -64,7 +63,7 @@ def fill(ref: Any, value: Any, first: Any, end: Any, share: Any, num_shares: Any
         at = first + (i * num_shares + share) * SHARE + iota((SHARE,), 0)
         store(ref.at[at], jnp.full((SHARE,), value, jnp.int32), mask=at < end)
 
-    jax.lax.fori_loop(0, pl.cdiv(end - first, SHARE * num_shares), step, None)
+    jax.lax.fori_loop(0, cdiv(end - first, SHARE * num_shares), step, None)
 
 
 def fill_runs(ref: Any, value: jax.Array, first: jax.Array, count: jax.Array, end: Any) -> None:
@@ -77,7 +76,7 @@ def fill_runs(ref: Any, value: jax.Array, first: jax.Array, count: jax.Array, en
         at = jnp.where(inside, first[:, None] + index, end + iota(tile, 0) * tile[1] + iota(tile, 1))
         store(ref.at[at], jnp.broadcast_to(value[:, None], tile), mask=inside)
 
-    jax.lax.fori_loop(0, pl.cdiv(jnp.max(count), tile[1]), step, None)
+    jax.lax.fori_loop(0, cdiv(jnp.max(count), tile[1]), step, None)
 
 
 def tell(ref: Any, number: jax.Array, here: Any) -> None:
@@ -89,7 +88,7 @@ def name_blocks(
     out: Results, names_ref: Any, end: jax.Array, align: int, num_experts: int, rows: Any, share: Any, shares: Any
 ) -> None:
     """Its share of the blocks: an expert has those that begin before its end; behind the last end they are -1."""
-    tile, whole, used = (8, end.shape[0]), pl.cdiv(rows, align), jnp.max(end)
+    tile, whole, used = (8, end.shape[0]), cdiv(rows, align), jnp.max(end)
     tell(out.used, used, share == 0)
 
     def step(i: jax.Array, _: None) -> None:
@@ -98,4 +97,4 @@ def name_blocks(
         called = jnp.where(block * align < used, name(names_ref, expert, num_experts), -1)
         store(out.block_experts.at[block], called, mask=block < whole)
 
-    jax.lax.fori_loop(0, pl.cdiv(whole, tile[0] * shares), step, None)
+    jax.lax.fori_loop(0, cdiv(whole, tile[0] * shares), step, None)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import plan_forms as forms
 from kernels_pallas.counting import BITS, histogram
-from kernels_pallas.launch import iota, next_power_of_2, store
+from kernels_pallas.launch import cdiv, iota, next_power_of_2, store
 
 
 def plan_kernel(
@@ -87,7 +87,7 @@ def plan_kernel(
     if out.sizes is not None:
         store(out.sizes.at[mine], size + padding, mask=inside)
     else:
-        whole = pl.cdiv(rows, align)
+        whole = cdiv(rows, align)
         called = forms.name(names_ref, mine, num_experts)
         forms.fill_runs(out.block_experts, called, start // align, (size + padding) // align, whole)
         forms.fill(out.block_experts, -1, end // align, whole, program, programs)

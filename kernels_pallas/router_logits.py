@@ -181,7 +181,8 @@ def _parts(a: jax.Array) -> list[jax.Array]:
 
 def add_dot(total: jax.Array, a: jax.Array, b: jax.Array, kind: str) -> jax.Array:
     """total + a @ b; of "parts", a is the float32 one, which tensor cores can take from registers."""
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    # The precision is said everywhere: else jax_default_matmul_precision would decide what a kernel computes.
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision=jax.lax.Precision.DEFAULT)
     if kind == "tensor":
         return total + dot(a, b)
     if kind == "parts":

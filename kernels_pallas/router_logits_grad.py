@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.launch import iota, launch, load_masked, remembered, store, within
+from kernels_pallas.launch import cdiv, iota, launch, load_masked, remembered, store, within
 from kernels_pallas.router_logits import add_dot, cut, kind_of, router_logits_sum, side
 
 
@@ -114,7 +114,7 @@ def _kernel(
         other = load_masked(other_ref.at[at_other, column + col], within((at_other, depth, k), (col, width, n)))
         return add_dot(total, grad, other, kind)
 
-    count = pl.cdiv(num_experts, k) if by_token else jnp.minimum(steps, pl.cdiv(num_tokens, k) - first_step)
+    count = pl.cdiv(num_experts, k) if by_token else jnp.minimum(steps, cdiv(num_tokens, k) - first_step)
     total = jax.lax.fori_loop(0, count, step, jnp.zeros((m, n), jnp.float32))
     row, col = first_row + iota((m, n), 0), first_col + iota((m, n), 1)
     mask = within((row, rows, m), (col, width, n))

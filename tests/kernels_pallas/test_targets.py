@@ -95,6 +95,27 @@ def test_loops_move_addresses(name: str) -> None:
         assert all(len(re.findall(r"\bm(?:ul|ad)\.wide\.", body)) <= 1 for body in products)
 
 
+def lowered(name: str) -> list[tuple[str, str]]:
+    """A call's kernels as both paths lower them: sizes built in, as for XLA, and passed at the launch, as for torch."""
+    entry = BY_NAME[name]
+    fn = functools.partial(entry.fn, target="cuda") if entry.takes_target else entry.fn
+    return [
+        (kernel.name, kernel.ttir)
+        for at_run_time in (False, True)
+        for kernel in lower(fn, *entry.args, target="sm_90", sizes_at_run_time=at_run_time)
+    ]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_lowers_whatever_jax_is_set_to(name: str) -> None:
+    """With 64-bit types there is a kernel; with another precision of products it's the same one, sums included."""
+    wanted = lowered(name)
+    with jax.default_matmul_precision("F16_F16_F16"):
+        assert lowered(name) == wanted
+    with jax.enable_x64(True):
+        assert [kernel for kernel, _ in lowered(name)] == [kernel for kernel, _ in wanted]
+
+
 @needs_triton
 def test_triton_knows_a_kernel_again() -> None:
     """By what it is, wherever the file lay: then its code comes from triton's own cache."""
