@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from torch.autograd.function import once_differentiable
 
-from bridge.views import export_array, import_leaf, import_tensor, is_aligned
+from bridge.views import export_array, import_laid, import_leaf, import_tensor, layout_of, made_dense
 from jaxmoe.arguments import base, dense
 from jaxmoe.implementation import check_implementation
 
@@ -98,6 +97,39 @@ def run(
     return jax.tree.unflatten(results_structure, results)
 
 
+class _Gradients(torch.autograd.Function):
+    """Hands gradients on, and says so where one asks for theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("jaxmoe: expected a first derivative; through torch a gradient has none itself")
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Around a backward pass without a derivative: a second derivative is an error, not a number that leaves it out.
+
+    torch's `once_differentiable` lets it pass where no incoming gradient has a graph, though what was saved may.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # no create_graph
+            return results
+        several = results if isinstance(results, tuple) else (results,)
+        tensors = [result for result in several if isinstance(result, torch.Tensor)]
+        marked = iter(_Gradients.apply(*(tensor.detach().requires_grad_() for tensor in tensors)))
+        several = tuple(next(marked) if isinstance(result, torch.Tensor) else result for result in several)
+        return several if isinstance(results, tuple) else several[0]
+
+    return run
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,23 +151,18 @@ class _Function(torch.autograd.Function):
         ctx.used = list(dict.fromkeys(used))
         kept, ctx.pull = jax.tree.flatten(pull)
         ctx.save_for_backward(*(known[i] for i in ctx.used), *map(export_array, kept))
-        ctx.how = how + [("result", False)] * len(results)
+        ctx.layouts = {i: layout_of(arrays[i]) for i in ctx.used if i < len(arrays)}
+        ctx.names = [name for name, _ in how] + ["result"] * len(results)
         ctx.wanted, ctx.num_leaves = wanted, len(leaves)
         ctx.floats = [i for i, result in enumerate(results) if result.is_floating_point()]
         return structure, *results
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, _: None, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        known = {i: import_leaf(ctx.how[i][0], next(saved), ctx.how[i][1]) for i in ctx.used}
-        pull = jax.tree.unflatten(ctx.pull, [import_tensor("saved", tensor) for tensor in saved])
-        arrays = [import_tensor("gradient", _dense(gradients[i])) for i in ctx.floats]
+        saved = iter(ctx.saved_tensors)  # which hooks may have moved (torch.autograd.graph.saved_tensors_hooks)
+        known = {i: import_laid(ctx.names[i], next(saved), ctx.layouts.get(i)) for i in ctx.used}
+        pull = jax.tree.unflatten(ctx.pull, [import_tensor("saved", made_dense(tensor)) for tensor in saved])
+        arrays = [import_tensor("gradient", made_dense(gradients[i])) for i in ctx.floats]
         results = dict(zip(ctx.wanted, map(export_array, ctx.backward_of(pull, known, arrays)), strict=True))
         return None, None, None, None, *(results.get(i) for i in range(ctx.num_leaves))
-
-
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.is_contiguous() and is_aligned(gradient) and not gradient.is_neg():
-        return gradient
-    return gradient.clone(memory_format=torch.contiguous_format)

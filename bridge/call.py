@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
-from bridge import autograd
+from bridge import autograd, path
 from bridge.views import ALIGNMENT, check_tensor, export_array, import_leaf, import_tensor, is_aligned
 
 Named = list[tuple[str, Any]]
 
 
+@path.untraced
 def call(
     function: Callable[..., Any],
     arguments: dict[str, Any],
@@ -41,6 +43,8 @@ def call(
     named, structure = _named(arguments)
     outs, out_structure = _named({} if out is None else {"out": out})
     device = _check(named + outs)
+    if forward_ad._current_level >= 0:
+        path.check_no_tangent(*(value for _, value in named if isinstance(value, torch.Tensor)))
     if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a call through DLPack cannot be captured in a CUDA graph")
     with _jax_device(device):  # or what is made of shapes alone, as with no tokens, would lie on JAX's first device

@@ -58,6 +58,8 @@ def row_stride(name: str, tensor: torch.Tensor) -> int:
     """How far apart the rows of a matrix lie; raises ValueError unless each row is contiguous, and rows are apart."""
     height, width = tensor.shape
     apart, inner = tensor.stride()
+    if inner == 1 and apart == width:  # first, since torch.compile may not know how many rows there are
+        return width
     if height and ((inner != 1 and width > 1) or (apart < width and height > 1)):
         raise ValueError(
             f"{name}: expected rows that lie apart or a contiguous tensor, got strides {tensor.stride()} for "

@@ -9,7 +9,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check
+from bridge.checks import INT32, check, check_no_gradient
 from bridge.ops import dispatch as ops
 from jaxmoe.dispatch import check_plan_sizes
 
@@ -119,6 +119,7 @@ def dispatch(
         if out is None:
             return path.at_once(ops.dispatch, x, plan.rows, plan.slots)
         _check_tensor("out", out)
+        check_no_gradient(x=x)  # here, where torch.compile sees it
         ops.dispatch_out(x, plan.rows, plan.slots, out)
         return out
     arguments = {"x": x, "plan": _jax_plan(plan)}
@@ -162,6 +163,7 @@ def combine(
         if out is None:
             return path.at_once(ops.combine, rows, plan.rows, plan.slots, weights)
         _check_tensor("out", out)
+        check_no_gradient(rows=rows, weights=weights)  # here, where torch.compile sees it
         ops.combine_out(rows, plan.rows, plan.slots, weights, out)
         return out
     arguments = {"rows": rows, "plan": _jax_plan(plan), "weights": weights}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.autograd import forward_ad
 
 from bridge.native.build import target_of
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Private, both; without them what they save is not saved, and a function transform is not noticed here.
 _below_autograd: Callable[[], Any] = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
@@ -35,10 +38,53 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
 
 def at_once(op: Callable[..., Any], *args: Any) -> Any:
     """op(*args), past what torch does around an op that has a gradient where nobody asks for one (`is_eager`)."""
-    if is_eager(*(arg for arg in args if isinstance(arg, torch.Tensor))):
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if is_eager(*tensors):
         with _below_autograd():
             return op(*args)
+    if forward_ad._current_level >= 0:
+        check_no_tangent(*tensors)
     return op(*args)
+
+
+def check_no_tangent(*tensors: torch.Tensor) -> None:
+    """Raises ValueError where one has a tangent of forward-mode differentiation, which would be lost."""
+    for tensor in tensors:
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"expected tensors without tangents, got {list(tensor.shape)} with one: there is no forward-mode "
+                "derivative (torch.autograd.forward_ad, torch.func.jvp)"
+            )
+
+
+def untraced(function: _Function) -> _Function:
+    """Around what torch.compile cannot trace: it breaks its graph there, or says so where it may not.
+
+    Not torch.compiler.disable at once, which imports the compiler (a second) for those who never compile.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return cast(_Function, entry)
+
+
+def _is_watched() -> bool:
+    """Whether torch itself wants to see what is called, whatever the tensors look like."""
+    return (
+        _transform() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
 
 
 _runs_natively: dict[int, bool] = {}  # by device
@@ -65,7 +111,8 @@ def runs_natively(tensor: torch.Tensor) -> bool:
 def takes_ops(tensor: Any, implementation: str | None) -> bool:
     """Whether a call on this tensor goes through the torch ops.
 
-    With implementation=None: on a GPU that the kernels run on, and wherever torch traces (torch.compile, fake tensors).
+    With implementation=None: on a GPU that the kernels run on, and wherever torch traces (torch.compile, fake tensors,
+    make_fx, torch.jit.trace) or transforms (torch.func), since what goes to JAX would be a constant there.
     "native" asks for it; raises ValueError where the tensor is not on such a GPU. Every other name is a matter of JAX.
     """
     if implementation is None:
@@ -74,7 +121,7 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
         kind = type(tensor)
         if kind not in _PLAIN:
             return isinstance(tensor, torch.Tensor)
-        return runs_natively(tensor)
+        return runs_natively(tensor) or _is_watched()
     if implementation != "native":
         return False
     if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:

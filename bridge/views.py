@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from torch._subclasses import FakeTensor
 
 from jaxmoe import Columns
 
@@ -126,6 +127,15 @@ def _seen_by_jax(device: torch.device) -> bool:
     return device.type == "cpu" or device.index in [d.local_hardware_id for d in devices]
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, FakeTensor) or torch._is_functional_tensor(tensor):
+        return False
+    try:
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # how a wrapper says that it has none
+        return False
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raises ValueError unless JAX can hold the tensor's device and dtype."""
     if not isinstance(value, torch.Tensor):
@@ -133,6 +143,11 @@ def check_tensor(name: str, value: Any) -> None:
     device = value.device
     if device.type not in ALIGNMENT or value.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor on a CPU or GPU, got {value.layout} on {device}")
+    if not _has_memory(value):
+        raise ValueError(
+            f"{name}: expected a tensor with memory of its own, got {type(value).__name__} without: one that is fake, "
+            "or stands for another within torch.func or a trace"
+        )
     if not _seen_by_jax(device):
         raise ValueError(f"{name}: expected a device that JAX sees, one of {jax.local_devices()}, got {device}")
     if device.type == "cpu" and value.__dlpack_device__()[0] != CPU_MEMORY:
@@ -174,6 +189,35 @@ def import_leaf(name: str, value: Any, strided: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return import_rows(name, value) if strided else import_tensor(name, value)
+
+
+Layout = tuple[int, int, int] | None  # of columns: of the array that they are of its width, the first, how many
+
+
+def layout_of(array: Any) -> Layout:
+    """How the rows of what `import_leaf` returned lie; None where they follow one another."""
+    return (array.array.shape[1], array.first, array.width) if isinstance(array, Columns) else None
+
+
+def import_laid(name: str, tensor: torch.Tensor, layout: Layout) -> Any:
+    """The view of a tensor that was viewed in this layout; where it has been moved out of it, of a copy."""
+    if layout is None:
+        return import_tensor(name, made_dense(tensor))
+    stride, first, width = layout
+    if tensor.stride() == (stride, 1) and not tensor.is_neg():
+        found = import_rows(name, tensor)
+        if layout_of(found) == layout:
+            return found
+    rows = tensor.new_empty(tensor.shape[0], stride)
+    rows[:, first : first + width] = tensor
+    return Columns(_import(rows), first, width)
+
+
+def made_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, where JAX cannot view it: of what autograd hands over, which is not the user's to mend."""
+    if tensor.is_contiguous() and is_aligned(tensor) and not tensor.is_neg():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:

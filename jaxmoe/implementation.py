@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("pallas", "interpret", "xla")
 GPU_PLATFORMS = ("cuda", "rocm")
@@ -80,17 +81,57 @@ def alike(*args: Any) -> tuple[Any, ...]:
     return _varying(args, _axes(args))
 
 
+def _explicit_axes(args: Any) -> tuple[str, ...]:
+    """The axes of the mesh in use over which types say how arrays are sharded; raises ValueError where one is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit)
+    if axes:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+            spec = jax.typeof(leaf).sharding.spec
+            if any(part is not None for part in spec):
+                where = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+                raise ValueError(
+                    f"argument {path[0].idx}{'.' * bool(where)}{where}: expected an array that is not sharded over the "
+                    f"mesh's explicit axes {axes}, got {spec}; call this under jax.shard_map, or jax.sharding.auto_axes"
+                )
+    return axes
+
+
 def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callable[..., Any]:
     """function(static, *arrays), one with a custom derivative, under jit; the argument at `out` is donated.
 
-    It is kept though XLA's implementation does not read it: what is donated must reach the computation.
+    It is kept though XLA's implementation does not read it: what is donated must reach the computation. Neither Pallas
+    nor ragged_dot knows shardings that types carry, so what all devices have is computed as if they did not.
     """
 
     @functools.wraps(function)
     def entry(static: Any, *args: Any) -> Any:
-        return function(static, *alike(*args))
+        run = lambda *args: function(static, *alike(*args))
+        if axes := _explicit_axes(args):
+            run = jax.sharding.auto_axes(run, axes=axes, out_sharding=jax.sharding.PartitionSpec())
+        return run(*args)
 
     return jax.jit(entry, static_argnums=0, donate_argnums=() if out is None else out, keep_unused=True)
+
+
+def _with_derivative(kernels: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernels`, whose derivative is that of `plain`: for second derivatives, as the first have kernels of their own.
+
+    Also where `plain` is what runs, since JAX takes the derivative of all that could.
+    """
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return kernels(*args)
+
+    call.defvjp(lambda *args: (kernels(*args), args), lambda args, grads: jax.vjp(plain, *args)[1](grads))
+
+    def entry(*args: Any) -> Any:
+        floats = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(args))
+        return call(*args) if floats else kernels(*args)
+
+    return entry
 
 
 def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any], *args: Any) -> Any:
@@ -103,10 +144,12 @@ def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any],
     if implementation == "xla":
         return xla(*args)
     if implementation == "interpret":
-        return kernels(*args, target="cuda", interpret=True)
+        return _with_derivative(functools.partial(kernels, target="cuda", interpret=True), xla)(*args)
 
-    def gpu(*args: Any, target: str) -> Any:  # what comes of the Mosaic GPU backend does not vary, for jax
-        return _varying(kernels(*args, target=target, interpret=False), axes)
+    def gpu(*args: Any, target: str) -> Any:
+        run = functools.partial(kernels, target=target, interpret=False)
+        # What comes of the Mosaic GPU backend does not vary, for jax.
+        return _with_derivative(lambda *args: _varying(run(*args), axes), xla)(*args)
 
     per_platform: dict[str, Callable[..., Any]] = {
         platform: functools.partial(gpu, target=platform) for platform in GPU_PLATFORMS

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.plan_dispatch import num_rows
 from kernels_pallas.route_grad import log_score_slope
@@ -39,7 +40,7 @@ def _chosen(x: jax.Array, bias: jax.Array | None, rule: Rule) -> jax.Array:
     score = scores(x, rule.scoring_func)
     grouped = rule.n_group > rule.topk_group
     if bias is not None:
-        choice = score + bias.astype(jnp.float32)
+        choice = score + bias.astype(jnp.float32)[None]
     elif rule.scoring_func == "softmax" and not (grouped and rule.group_score == "top2"):
         choice = jnp.where(jnp.isnan(score), score, x)  # the same order, without the ties that rounding makes
     else:
@@ -50,7 +51,7 @@ def _chosen(x: jax.Array, bias: jax.Array | None, rule: Rule) -> jax.Array:
         by_group = choice.reshape(num_tokens, rule.n_group, size)
         best = jnp.take_along_axis(by_group, _ranking(by_group)[:, :, : 2 if rule.group_score == "top2" else 1], axis=2)
         kept = _ranking(jnp.sum(best, axis=2))[:, : rule.topk_group]
-        is_kept = jnp.any(kept[:, :, None] == jnp.arange(rule.n_group), axis=1)
+        is_kept = jnp.any(kept[:, :, None] == jnp.arange(rule.n_group)[None, None], axis=1)
         out_of_reach = ~jnp.repeat(is_kept, size, axis=1)
     order = _ranking(choice)
     reach_first = jnp.argsort(jnp.take_along_axis(out_of_reach, order, axis=1), axis=1, stable=True)
@@ -126,7 +127,7 @@ def load(experts: jax.Array, num_ids: int) -> jax.Array:
 
 def router_logits(x: jax.Array, weight: jax.Array) -> jax.Array:
     """float32 [T, E]."""
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = x.dtype if x.dtype == weight.dtype else jnp.float32
     return jax.lax.dot_general(
         x.astype(dtype),
         weight.astype(dtype),
@@ -204,6 +205,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _ragged_dot(a: jax.Array, b: jax.Array, group_sizes: jax.Array, sides: tuple[int, int], grouped: bool) -> jax.Array:
     """float32: a, cut into groups along axis 0, times b over the axes `sides`; b has an axis 0 of groups or none."""
     dot = functools.partial(
@@ -218,6 +220,27 @@ def _ragged_dot(a: jax.Array, b: jax.Array, group_sizes: jax.Array, sides: tuple
         preferred_element_type=jnp.float32,
     )
     return jax.custom_batching.sequential_vmap(dot)(a, b, group_sizes)  # jax batches it only where all is batched
+
+
+def _ragged_dot_fwd(a: jax.Array, b: jax.Array, group_sizes: jax.Array, *static: Any) -> tuple[jax.Array, Any]:
+    return _ragged_dot(a, b, group_sizes, *static), (a, b, group_sizes)
+
+
+def _ragged_dot_bwd(sides: tuple[int, int], grouped: bool, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    """Products again, for second derivatives: jax has none of what `sequential_vmap` makes."""
+    a, b, group_sizes = saved
+    if grouped:  # grad [M, N], of weights b
+        transposed = sides[1] == 2
+        da = _product(grad, b.astype(jnp.float32), group_sizes, not transposed)
+        pair = (grad, a) if transposed else (a, grad)
+        db = _ragged_dot(*(x.astype(jnp.float32) for x in pair), group_sizes, (0, 0), False)
+    else:  # grad [E, A, B]
+        da = _product(b.astype(jnp.float32), grad, group_sizes, True)
+        db = _product(a.astype(jnp.float32), grad, group_sizes, False)
+    return da.astype(a.dtype), db.astype(b.dtype), np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
 
 
 def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:

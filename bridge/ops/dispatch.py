@@ -291,7 +291,9 @@ _jax_sum_jit = jax.jit(_jax_sum)
 
 def _dispatch_backward_plain(grad: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     out = _dispatch_backward_fake(grad, rows, slots)
-    return call(_jax_sum_jit, {"x": grad, "rows": rows}, {}) if out.numel() and grad.numel() else out.zero_()
+    if 0 in (*out.shape, *grad.shape):
+        return out.zero_()
+    return call(_jax_sum_jit, {"x": grad, "rows": rows}, {})
 
 
 dispatch_backward = define(

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from bridge.autograd import once
+from bridge.views import made_dense
+
 LIBRARY = torch.library.Library("jaxmoe", "DEF")
 
 
@@ -35,9 +38,14 @@ def define(
     """
     name = schema.partition("(")[0]
 
-    def without_gradient(*args: Any, **kwargs: Any) -> Any:
+    # What a backward pass is given, from autograd or from hooks that moved what was saved, is not the user's to mend.
+    mended = name.endswith("_backward") and "!" not in schema
+
+    def without_gradient(*args: Any) -> Any:
+        if mended:
+            args = tuple(made_dense(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
         with torch.no_grad():  # autograd is above; the DLPack bridge would start a graph of its own
-            return plain(*args, **kwargs)
+            return plain(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, native, "CUDA")
@@ -46,5 +54,5 @@ def define(
     if backward is None:  # nothing above the kernels; those that write in place refuse what asks for a gradient
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
-        torch.library.register_autograd(f"jaxmoe::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(f"jaxmoe::{name}", once(backward), setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.jaxmoe, name).default

@@ -271,7 +271,8 @@ def _jax_router_logits_grad(x: Rows, weight: Any, grad: Any) -> Any:
 
 def _router_logits_backward_plain(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     _check_router_logits_backward(grad, x, weight)
-    return tuple(call(_jax_router_logits_grad, {"x": x, "weight": weight, "grad": grad}, {}, strided=("x",)))
+    arguments = {"x": x, "weight": weight, "grad": grad}
+    return tuple(call(_jax_router_logits_grad, arguments, {}, strided=("x",)))
 
 
 router_logits_backward = define(

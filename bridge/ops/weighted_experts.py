@@ -19,6 +19,7 @@ from bridge.native import dispatch as moves
 from bridge.native import experts as native
 from bridge.ops.experts import check_weight, gradient_of
 from bridge.ops.library import define
+from bridge.views import made_dense
 from jaxmoe import layer
 from jaxmoe.arguments import half
 
@@ -86,7 +87,7 @@ def _jax_forward(x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, 
 def _named(*tensors: Tensor) -> dict[str, Tensor]:
     names = ("x", "rows", "slots", "group_sizes", "weights", "gate_up", "down")
     # On a CPU alone, where nothing is fast.
-    return dict(zip(names, (tensor.contiguous() for tensor in tensors), strict=True))
+    return dict(zip(names, map(made_dense, tensors), strict=True))
 
 
 def _plain(

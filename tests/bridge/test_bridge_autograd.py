@@ -254,12 +254,3 @@ def test_one_of_several_results(device: torch.device) -> None:
     assert not routing.experts.requires_grad
     routing.weights.square().sum().backward()
     assert given["x"].grad.any()
-
-
-def test_second_derivative_is_refused(device: torch.device) -> None:
-    """There is none: an error, not a wrong number."""
-    logits = torch.tensor(numbers(5, 8), device=device, requires_grad=True)
-    loss = bridge.route(logits, config=CONFIG).weights.square().sum()
-    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

@@ -59,6 +59,25 @@ np.testing.assert_array_equal(jax.jit(sharded)(x, experts), apart(x))
 got = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, experts) * up)))(x)
 np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(apart(x) * up))(x), rtol=1e-5, atol=1e-5)
 print("agrees: the same next to what varies")
+
+# A mesh whose axes are explicit, as make_mesh makes them: under shard_map, and what is sharded outside it.
+mesh = jax.make_mesh((2,), ("data",))
+with jax.set_mesh(mesh):
+    sharded = jax.shard_map(moved, in_specs=(P(), P("data")), out_specs=P("data"))
+    apiece = jax.device_put(experts, jax.NamedSharding(mesh, P("data")))
+    np.testing.assert_array_equal(jax.jit(sharded)(x, apiece), apart(x))
+    held = jax.device_put(normal(7, 10, 4), jax.NamedSharding(mesh, P("data")))
+    try:
+        jaxmoe.route(held, config=jaxmoe.RoutingConfig(num_experts=4, top_k=2))
+    except ValueError as error:
+        print("agrees:", error)
+    # One axis by hand, the other left explicit.
+mesh = jax.make_mesh((2, 1), ("data", "model"))
+with jax.set_mesh(mesh):
+    sharded = jax.shard_map(moved, in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"})
+    apiece = jax.device_put(experts, jax.NamedSharding(mesh, P("data")))
+    np.testing.assert_array_equal(jax.jit(sharded)(x, apiece), apart(x))
+    print("agrees: explicit")
 """
 
 
@@ -68,4 +87,5 @@ def test_shard_map() -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees:") == 4
+    assert done.stdout.count("agrees:") == 6
+    assert "argument 0: expected an array that is not sharded over the mesh's explicit axes ('data',)" in done.stdout

@@ -1,13 +1,15 @@
-"""vmap around what is hard to batch: counts of valid tokens, gradients, strided rows, buffers to write into."""
+"""vmap around what is hard to batch, second derivatives, a mesh of explicit axes, and strict promotion."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxmoe
 from jaxmoe import Columns, RoutingConfig
@@ -101,3 +103,91 @@ def test_vmap_with_out_under_jit(implementation: str) -> None:
     for i in range(BATCH):
         check_dispatch(rows[i], x[i], one(plans, i))
         check_combine(y[i], rows[i], one(plans, i), weights[i])
+
+
+MOE = RoutingConfig(num_experts=4, top_k=2)
+
+
+def moe_inputs() -> tuple[jaxmoe.MoEParams, jax.Array]:
+    params = jaxmoe.MoEParams(router=normal(0, 4, 8), gate_up=normal(1, 4, 8, 6), down=normal(2, 4, 3, 8))
+    return params, normal(3, TOKENS, 8)
+
+
+def stated_moe(params: jaxmoe.MoEParams, x: jax.Array) -> jax.Array:
+    """The layer without anything of jaxmoe."""
+    score = jax.nn.sigmoid(x @ params.router.T)
+    ids = jnp.argsort(-score, axis=1)[:, :2]
+    weights = jnp.take_along_axis(score, ids, axis=1)
+    gate, up = jnp.split(jnp.einsum("th,tkhi->tki", x, params.gate_up[ids]), 2, axis=2)
+    y = jnp.einsum("tki,tkih->tkh", jax.nn.silu(gate) * up, params.down[ids])
+    return jnp.sum(y * (weights / jnp.sum(weights, axis=1, keepdims=True))[:, :, None], axis=1)
+
+
+def test_second_derivatives(implementation: str) -> None:
+    """The norm of a gradient has a gradient, in each argument, as plain jnp has it."""
+    given = moe_inputs()
+    layer = lambda params, x: jaxmoe.moe(x, params, MOE, implementation=implementation)[0]
+
+    def penalty(run: Any) -> Any:
+        gradients = jax.grad(lambda *args: jnp.sum(jnp.sin(run(*args))), argnums=(0, 1))
+        return lambda *args: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients(*args)))
+
+    got, want = (jax.jit(jax.grad(penalty(run), argnums=(0, 1)))(*given) for run in (layer, stated_moe))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+        assert float(jnp.abs(b).max()) > 1.0
+
+
+def test_second_derivatives_of_products(implementation: str) -> None:
+    """Of both operands, either layout: an empty group, and rows behind the last."""
+    rows, weight, sizes = normal(0, 6, 4), normal(1, 3, 4, 5), jnp.array([2, 0, 3], I32)
+    used, expert = (jnp.arange(6) < 5)[:, None], jnp.array([0, 0, 2, 2, 2, 0])
+    stated = lambda rows, weight: jnp.where(used, jnp.einsum("mk,mkn->mn", rows, weight[expert]), 0.0)
+    on = {"implementation": implementation}
+    straight = lambda rows, weight: jaxmoe.grouped_matmul(rows, weight, sizes, **on)
+    turned = lambda rows, weight: jaxmoe.grouped_matmul(rows, weight.mT, sizes, transposed=True, **on)
+
+    def second(run: Any) -> Any:
+        first = jax.grad(lambda *args: jnp.sum(jnp.sin(run(*args))), argnums=(0, 1))
+        return jax.grad(lambda *args: sum(jnp.sum(g**2) for g in first(*args)), argnums=(0, 1))(rows, weight)
+
+    want = second(stated)
+    for run in (straight, turned):
+        for a, b in zip(second(run), want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_under_a_mesh_of_explicit_axes(implementation: str) -> None:
+    """As jax.make_mesh makes them: nothing is sharded, so nothing is different."""
+    if implementation == "interpret":
+        pytest.skip("Pallas' interpreter mixes arrays of such a mesh with others")
+    given = moe_inputs()
+    on = {"implementation": implementation}
+
+    def every(params: jaxmoe.MoEParams, x: jax.Array) -> Any:
+        y, routing = jaxmoe.moe(x, params, MOE, **on)
+        plan = jaxmoe.plan_dispatch(routing.experts, 4, align=2, **on)
+        rows = jaxmoe.dispatch(x, plan, **on)
+        rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes, **on)
+        return y, routing, jaxmoe.combine(rows, plan, routing.weights, **on)
+
+    loss = lambda params, x: jnp.sum(every(params, x)[0] * every(params, x)[2])
+    run = lambda: (jax.jit(every)(*given), jax.jit(jax.grad(loss))(*given), every(*given))
+    want = run()
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        got = run()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, strict=True)
+
+
+def test_strict_promotion(implementation: str) -> None:
+    """Users who forbid jax to promote dtypes and ranks by itself can still call this."""
+    params, x = moe_inputs()
+    mixed = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    mixed = dataclasses.replace(mixed, router=params.router, bias=jnp.zeros(4))
+    config = RoutingConfig(num_experts=4, top_k=1, n_group=2, topk_group=1)
+    layer = lambda: jaxmoe.moe(x.astype(jnp.bfloat16), mixed, config, implementation=implementation)[0]
+    want = layer()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.clear_caches()  # or nothing is traced again
+        np.testing.assert_array_equal(layer().astype(F32), want.astype(F32))

@@ -1,0 +1,192 @@
+"""Where torch traces or transforms: nothing is lost, nothing is baked in, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import bridge
+from bridge import path
+
+CONFIG = bridge.RoutingConfig(num_experts=8, top_k=2)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, ROUTER = numbers(5, 32), numbers(8, 32, seed=1)
+IDS = torch.tensor([[0, 3], [1, 2], [7, 3], [3, 0], [5, 6]], dtype=torch.int32)
+PLAN = bridge.plan_dispatch(IDS, 8)
+
+
+@pytest.fixture(params=["dlpack", "ops"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways that calls on CPU tensors can take; on a GPU it is the second."""
+    if request.param == "ops":
+        monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    return request.param
+
+
+def differentiable() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
+    down, gate_up = numbers(8, 6, 32, seed=2), numbers(8, 32, 12, seed=3)
+    raw = bridge.RoutingConfig(num_experts=8, top_k=2, scoring_func="softmax", renormalize=False)
+    sizes, rows = PLAN.group_sizes, numbers(10, 32, seed=4)
+    params = lambda router, up, down: bridge.MoEParams(router=router, gate_up=up, down=down)
+    return {
+        "router_logits": (bridge.router_logits, [X, ROUTER]),
+        "route": (lambda logits: bridge.route(logits, config=raw).weights, [X[:, :8].contiguous()]),
+        "dispatch": (lambda x: bridge.dispatch(x, PLAN), [X]),
+        "combine": (lambda rows, weights: bridge.combine(rows, PLAN, weights), [rows, numbers(5, 2)]),
+        "grouped_matmul": (lambda rows, weight: bridge.grouped_matmul(rows, weight, sizes), [rows, gate_up]),
+        "experts": (lambda *args: bridge.experts(*args, sizes), [rows, gate_up, down]),
+        "moe": (lambda x, *args: bridge.moe(x, params(*args), CONFIG)[0], [X, ROUTER, gate_up, down]),
+    }
+
+
+@pytest.mark.parametrize("name", differentiable())
+def test_second_derivative_is_refused(name: str, way: str) -> None:
+    """Also where no incoming gradient has a graph, but what was saved has: a sum's is a constant."""
+    run, inputs = differentiable()[name]
+    for reduced in (torch.Tensor.sum, lambda y: y.square().sum()):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        gradients = torch.autograd.grad(reduced(run(*leaves)), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"^jaxmoe: expected a first derivative"):
+            sum(gradient.square().sum() for gradient in gradients).backward()
+        plain = torch.autograd.grad(reduced(run(*leaves)), leaves)
+        for gradient, wanted in zip(gradients, plain, strict=True):
+            assert torch.equal(gradient, wanted)
+            assert not wanted.requires_grad
+
+
+def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, between other columns."""
+    if tensor.shape != (5, 32):
+        return tensor
+    wide = torch.full((5, 96), torch.nan)
+    wide[:, 33:65] = tensor
+    return wide[:, 33:65]
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    flat = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+    flat[1:] = tensor.flatten()
+    return flat[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("pack", [elsewhere, unaligned, torch.clone], ids=["elsewhere", "unaligned", "dense"])
+def test_saved_tensors_may_move(pack: Callable[[torch.Tensor], torch.Tensor], way: str) -> None:
+    """As offloading hooks move them: strided inputs come back dense, dense ones at any address."""
+    wide, seed = numbers(5, 96, seed=5).requires_grad_(), numbers(5, 8, seed=6)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        x, router, weights = wide[:, 16:48], ROUTER.clone().requires_grad_(), numbers(5, 2).requires_grad_()
+        y = (
+            bridge.combine(bridge.dispatch(x, PLAN), PLAN, weights).sum()
+            + (bridge.router_logits(x, router) * seed).sum()
+        )
+        routed = bridge.route(wide[:, 8:16], config=CONFIG).weights.square().sum()
+        return torch.autograd.grad(y + routed, (wide, router, weights))
+
+    wanted = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(tensor.detach()), lambda tensor: tensor):
+        found = gradients()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert b.any()
+
+
+def test_tensors_without_memory() -> None:
+    """A fake one next to real ones, or where an implementation of JAX's is named: no address is made up."""
+    with FakeTensorMode() as mode:
+        x, router = torch.empty(5, 32), torch.empty(8, 32)
+    with pytest.raises(ValueError, match=r"^weight: expected a tensor with memory of its own, got FakeTensor without"):
+        bridge.router_logits(X, router)
+    with mode, pytest.raises(ValueError, match="with memory of its own"):
+        bridge.router_logits(x, router, implementation="xla")
+    with pytest.raises(ValueError, match=r"^out: expected a tensor with memory of its own"):
+        bridge.dispatch(X, PLAN, out=mode.from_tensor(torch.empty(10, 32)))
+    with pytest.raises(ValueError, match=r"^tensor: expected a tensor with memory of its own"):
+        bridge.to_jax(x)
+    assert bridge.router_logits(x, router).shape == (5, 8), "all fake"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+def test_nothing_is_baked_in() -> None:
+    """What a trace records holds for other inputs."""
+    run = lambda x: bridge.router_logits(x, ROUTER) + 0
+    for traced in (make_fx(run)(X), torch.jit.trace(run, (X,))):
+        torch.testing.assert_close(traced(2 * X), run(2 * X))
+    functional = torch.func.functionalize(run)
+    torch.testing.assert_close(functional(X), run(X))
+    several = numbers(3, 5, 32)
+    torch.testing.assert_close(torch.func.vmap(run)(several), torch.stack([run(x) for x in several]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
+def test_tangents_are_refused(way: str) -> None:
+    """There is no forward-mode derivative, and none is zero."""
+    with forward_ad.dual_level():
+        weights = forward_ad.make_dual(torch.ones(5, 2), torch.ones(5, 2))
+        rows = bridge.dispatch(X, PLAN)
+        with pytest.raises(ValueError, match=r"^expected tensors without tangents, got \[5, 2\] with one"):
+            bridge.combine(rows, PLAN, weights)
+        assert bridge.combine(rows, PLAN, torch.ones(5, 2)).shape == (5, 32), "nothing with a tangent goes in"
+    with pytest.raises(ValueError, match="without tangents"):
+        torch.func.jvp(lambda x: bridge.router_logits(x, ROUTER), (X,), (X,))
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", **options)
+
+
+def test_compiled_around_a_named_implementation() -> None:
+    """The graph breaks there; where it may not, torch says so."""
+    run = lambda x: bridge.router_logits(x * 1, ROUTER, implementation="xla") + 1
+    torch.testing.assert_close(compiled(run)(X), run(X))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(run, fullgraph=True)(X)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_with_out_and_a_gradient() -> None:
+    """Refused as uncompiled, not computed without its graph."""
+    x = X.clone().requires_grad_()
+    calls: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda x: bridge.dispatch(x * 1, PLAN, out=torch.empty(10, 32)),
+        lambda x: bridge.combine(torch.cat([x, x]), PLAN, torch.ones(5, 2), out=torch.empty(5, 32)),
+    ]
+    for call in calls:
+        for run in (call, compiled(call)):
+            with pytest.raises(ValueError, match=r"^out: expected None where (x|rows) requires grad"):
+                run(x)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(call)(x), call(x))
+
+
+def test_compiled_with_any_gradient() -> None:
+    """One at an odd address is not the user's to mend."""
+    run, x = compiled(lambda x: bridge.dispatch(x, PLAN), fullgraph=True), X.clone().requires_grad_()
+    seed = numbers(10, 32)
+    (found,) = torch.autograd.grad(run(x), x, unaligned(seed))
+    torch.testing.assert_close(found, torch.autograd.grad(bridge.dispatch(x, PLAN), x, seed)[0])
+
+
+def test_compiled_with_a_number_of_tokens_that_data_decides() -> None:
+    """As after an exchange between the ranks of expert parallelism."""
+    mask = torch.tensor([True, False, True, True, False])
+    params = bridge.MoEParams(router=ROUTER, gate_up=numbers(8, 32, 12), down=numbers(8, 6, 32))
+    calls: list[Callable[..., torch.Tensor]] = [
+        lambda x, ids, mask: bridge.dispatch(x[mask], bridge.plan_dispatch(ids[mask], 8)),
+        lambda x, ids, mask: bridge.moe(x[mask], params, CONFIG)[0],
+    ]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for call in calls:
+            torch.testing.assert_close(compiled(call, fullgraph=True)(X, IDS, mask), call(X, IDS, mask))
