@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 # What --only may name: module and function. The last two measure by themselves.
 KINDS = {
     "route": ("benchmarks.routing", "routes"),
+    "load": ("benchmarks.routing", "loads"),
     "router_logits": ("benchmarks.routing", "router_logits"),
     "movement": ("benchmarks.movement", "movement"),
     "align": ("benchmarks.movement", "align"),

@@ -17,6 +17,7 @@ SHOWN = (
     "route kimi-k2",
     "route deepseek-v2",
     "route qwen3-next",
+    "route + load deepseek-v3",
     "router logits",
     "plan + dispatch",
     "permute, vLLM's form",
@@ -62,7 +63,7 @@ def table(data: record.Data) -> str:
     ]
     for name, found in chosen.items():
         cells = {r["tokens"]: _cell(r) for r in found}
-        peers = ", ".join(dict.fromkeys(peer for r in found for peer in r["peers"]))
+        peers = "; ".join(dict.fromkeys(peer for r in found for peer in r["peers"]))
         lines.append(f"| {name} | {' | '.join(cells.get(tokens, '') for tokens in columns)} | {peers} |")
     return "\n".join(lines)
 

@@ -52,7 +52,11 @@ def routes(quick: bool) -> Iterator[Build]:
             yield functools.partial(
                 _route, name, config, number, compiled if here else None, xla=here and name in XLA, jit=not quick
             )
-    for number in (64, 4096) if quick else (1, 64, 4096, 40960):
+
+
+def loads(quick: bool) -> Iterator[Build]:
+    """Routing with the load, as in training; a peer's load by torch."""
+    for number in (64, 4096) if quick else TOKENS:
         yield functools.partial(_route_and_load, number)
 
 
@@ -99,7 +103,6 @@ def empty_routing(config: RoutingConfig, tokens: int) -> Routing:
 
 
 def _route_and_load(tokens: int) -> Iterator[Operation]:
-    """With the load, as in training."""
     config = config_of("deepseek-v3")
     experts, k = config.num_experts, config.top_k
     num_sets = timing.input_sets(tokens * experts * 2)
@@ -107,13 +110,26 @@ def _route_and_load(tokens: int) -> Iterator[Operation]:
     bias, load = bias_of(config), torch.empty(experts, dtype=torch.int32, device=operation.DEVICE)
     out = empty_routing(config, tokens)._replace(load=load)
 
-    def check(got: Routing) -> None:
-        stated.check_routing(got.weights, got.experts, logits[0], bias, config)
+    def check(got: Routing, rtol: float = 1e-5, least: float = 0.999) -> None:
+        stated.check_routing(got.weights, got.experts, logits[0], bias, config, rtol=rtol, least=least)
         expect(torch.equal(load.long(), got.experts.flatten().long().bincount(minlength=experts)), "load")
 
     run = functools.partial(bridge.route, config=config, out=out)
     ours = Entry(lambda i: run(logits[i % num_sets], bias), check, (out.weights, out.experts, load))
-    yield Operation("route + load deepseek-v3", tokens, tokens * (experts * 2 + k * 8) + experts * 8, ours)
+    one = torch.ones(tokens * k, dtype=torch.int32, device=operation.DEVICE)
+
+    def counting(function: Callable[[torch.Tensor], Any]) -> Entry:
+        def counted(i: int) -> Routing:
+            weights, ids = function(logits[i % num_sets])
+            load.zero_().scatter_add_(0, ids.flatten().long(), one)
+            return Routing(weights, ids, load)
+
+        return Entry(counted, functools.partial(check, rtol=1e-4, least=0.99), (load,))
+
+    found = peers.routing(config, tokens, bias, jit=False)
+    others = {f"{name}, torch scatter_add_": counting(run) for name, run in found.items() if name.startswith("vLLM")}
+    size = tokens * (experts * 2 + k * 8) + experts * 8
+    yield Operation("route + load deepseek-v3", tokens, size, ours, others)
 
 
 class _Xla:

@@ -39,7 +39,7 @@ def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "route,rout"], "expected some of route, router_logits, .*got rout$"),
+        (["--only", "route,rout"], "expected some of route, load, router_logits, .*got rout$"),
         (["--append"], "expected --output with a file that is there"),
         (["--append", "--output", "/nowhere/bench.json"], "expected --output with a file that is there"),
     ],
