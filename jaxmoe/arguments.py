@@ -88,6 +88,19 @@ def check_array(
         raise ValueError(f"{name}: expected {wanted}, got {_describe(value)}")
 
 
+def check_dtype(name: str, dtype: Any) -> None:
+    """Raises ValueError unless `dtype` is None or names one of FLOATS."""
+    if dtype is None:
+        return
+    try:
+        given = jnp.dtype(dtype)
+        fits, got = given in [jnp.dtype(d) for d in FLOATS], given.name
+    except (TypeError, ValueError, SyntaxError):  # NumPy reads a string as Python
+        fits, got = False, repr(dtype)
+    if not fits:
+        raise ValueError(f"{name}: expected None, bfloat16, float16 or float32, got {got}")
+
+
 def check_at_least_one(name: str, value: Any, axis: int) -> None:
     """Raises ValueError where `value` is empty along `axis`."""
     if value.shape[axis] < 1:

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.arguments import FLOATS, check_array
+from jaxmoe.arguments import FLOATS, check_array, check_dtype, half
 from jaxmoe.config import RoutingConfig
 from jaxmoe.layer import MoEParams
 from jaxmoe.shared import SharedMLP
@@ -20,11 +20,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def _check_config(config: Any) -> None:
     if not isinstance(config, RoutingConfig):
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
-
-
-def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype is not None and jnp.dtype(dtype) not in [jnp.dtype(d) for d in FLOATS]:
-        raise ValueError(f"{name}: expected None, bfloat16, float16 or float32, got {jnp.dtype(dtype).name}")
 
 
 def _start(prefix: str) -> str:
@@ -115,8 +110,8 @@ def load_hf_moe(
       ((2, 4, 6), (2, 3, 4))
     """
     _check_config(config)
-    _check_dtype("dtype", dtype)
-    _check_dtype("bias_dtype", bias_dtype)
+    check_dtype("dtype", dtype)
+    check_dtype("bias_dtype", bias_dtype)
     start = _start(prefix)
     if not fuse_shared_experts and not config.n_shared_experts:
         raise ValueError("fuse_shared_experts: expected True for a config without shared experts, got False")
@@ -211,7 +206,7 @@ def export_hf_moe(
     check_array("params.router", params.router, (config.num_experts, "H"))
     hidden = params.router.shape[1]
     check_array("params.gate_up", params.gate_up, (num_ids, hidden, "2 * I"))
-    inner = params.gate_up.shape[2] // 2
+    inner = half("params.gate_up", params.gate_up.shape[2])
     check_array("params.down", params.down, (num_ids, inner, hidden), (params.gate_up.dtype,))
 
     tensors = {ROUTER: np.asarray(params.router)}
@@ -235,6 +230,6 @@ def export_hf_moe(
         put(name, np.concatenate([*gates, *ups], axis=1), np.concatenate(down[ids]))
     if shared is not None:
         check_array("shared.gate_up", shared.gate_up, (hidden, "2 * W"))
-        check_array("shared.down", shared.down, (shared.gate_up.shape[1] // 2, hidden))
+        check_array("shared.down", shared.down, (half("shared.gate_up", shared.gate_up.shape[1]), hidden))
         put(SHARED, np.asarray(shared.gate_up), np.asarray(shared.down))
     return {start + name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

@@ -29,7 +29,7 @@ def _losses(
 ) -> tuple[jax.Array, jax.Array]:
     """(E * sum over experts of share of choices * mean probability, number of valid tokens), each [num_sequences]."""
     num_tokens, num_experts = logits.shape
-    valid = experts[:, :1] >= 0
+    valid = jnp.any((experts >= 0) & (experts < config.num_expert_ids), axis=1, keepdims=True)
     # Cleared first: the gradient of a padding token must be zero, though its logits be NaN.
     x = jnp.where(valid, logits.astype(jnp.float32), 0.0)
     # A softmax of log scores is score / sum(scores), also where every score underflows.
@@ -38,7 +38,9 @@ def _losses(
     length = num_tokens // num_sequences if num_sequences else 0
     sequence = jnp.repeat(jnp.arange(num_sequences), length, total_repeat_length=num_tokens)[:, None]
     outside = num_sequences * num_experts
-    index = jnp.where(valid, sequence * num_experts + experts[:, : config.top_k], outside)
+    chosen = experts[:, : config.top_k]
+    # Of each pair alone: a token may have lost some, and an index of -1 would be the expert before.
+    index = jnp.where((chosen >= 0) & (chosen < num_experts), sequence * num_experts + chosen, outside)
     counts = jnp.zeros(outside, jnp.int32).at[index].add(1, mode="drop").reshape(num_sequences, num_experts)
     tokens = jnp.sum(valid.reshape(num_sequences, length), axis=1)
     per_token = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)[:, None]
@@ -64,7 +66,8 @@ def switch_loss(logits: jax.Array, routing: Routing, config: RoutingConfig) -> j
 
     Args:
       logits: [T, E] bfloat16, float16 or float32. T may be 0: the loss is 0 then.
-      routing: what `route` made of them. Shared experts and tokens that are not valid (ids -1) do not count.
+      routing: what `route` made of them. Shared experts do not count, nor do pairs that were dropped since (id -1); a
+        token is valid, and counts in the number of tokens, where any of its slots still has an id.
       config: what `route` was given.
 
     Returns:
@@ -99,8 +102,8 @@ def sequence_balance_loss(
 
     Args:
       logits: [T, E] bfloat16, float16 or float32: the sequences one after another. T may be 0: the loss is 0 then.
-      routing: what `route` made of them. Shared experts and tokens that are not valid (ids -1) do not count, nor does a
-        sequence without a valid token.
+      routing: what `route` made of them. Shared experts do not count, nor do pairs that were dropped since (id -1),
+        nor does a sequence without a valid token; a token is valid where any of its slots still has an id.
       config: what `route` was given.
       sequence_length: how many tokens a sequence has, padding included; a divisor of T.
 

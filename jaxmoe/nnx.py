@@ -6,15 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 try:
     from flax import nnx
 except ImportError as error:
     raise ImportError("jaxmoe.nnx needs flax: pip install 'jaxmoe[flax]'") from error
 
-from jaxmoe import layer, routing
-from jaxmoe.arguments import check_array
+from jaxmoe import arguments, layer, routing
+from jaxmoe.arguments import check_array, check_dtype
 from jaxmoe.config import RoutingConfig
+from jaxmoe.implementation import check_implementation
 from jaxmoe.layer import MoEParams
 from jaxmoe.routing import Routing
 from jaxmoe.shared import SharedMLP
@@ -34,6 +36,16 @@ class Load(nnx.Variable[Any]):
 def _check_size(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{name}: expected a bool, got {value!r}")
+
+
+def _own(array: Any) -> jax.Array:
+    """The array; a copy where it is NumPy's, which either side could write to."""
+    return array if isinstance(array, jax.Array) else jnp.array(array)
 
 
 class GatedMLP(nnx.Module):
@@ -60,9 +72,15 @@ class GatedMLP(nnx.Module):
 class MoE(nnx.Module):
     """`jaxmoe.moe` as a Flax NNX module; no token is dropped.
 
-    The output is scaling * sum(routed) + sum(shared), whatever `config.scale_weights` says. A call keeps the load in
-    `load`, which is a change of state: under `jax.checkpoint` use `nnx.remat`, or turn it off with track_load=False
-    (`routing.load` is returned either way). `nnx.jit` and `nnx.grad` carry it through.
+    The output is scaling * sum(routed) + sum(shared), whatever `config.scale_weights` says.
+
+    A call keeps the load in `load`, which is a change of state. `nnx.jit`, `nnx.grad` and `nnx.remat` carry it through,
+    of a module that is an argument. Turn it off with track_load=False (`routing.load` is returned either way) for
+
+    * a transform of a closure over the module, be it `jax.jit`, `jax.checkpoint` or `nnx.jit`: Flax raises a
+      TraceContextError ("Cannot mutate Load from a different trace level");
+    * `nnx.vmap` of a module that is not mapped (in_axes=None): a load for each would come out, a ValueError;
+    * `jax.jit` of a module that is an argument: the change is lost, without an error.
 
     Args:
       config: how to route. With n_shared_experts > 0 the shared experts are slots of the same stack.
@@ -120,6 +138,11 @@ class MoE(nnx.Module):
     ) -> None:
         if not isinstance(config, RoutingConfig):
             raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
+        _check_bool("use_bias", use_bias)
+        _check_bool("track_load", track_load)
+        check_dtype("dtype", dtype)
+        check_dtype("param_dtype", param_dtype)
+        check_implementation(implementation)
         if config.shared_expert_replicas != 1:  # each would be trained on its own
             raise ValueError(f"config.shared_expert_replicas: expected 1, got {config.shared_expert_replicas}")
         _check_size("hidden_size", hidden_size)
@@ -154,9 +177,9 @@ class MoE(nnx.Module):
         """A module that holds `params`, as `load_hf_moe` returns them, without drawing weights first.
 
         Args:
-          params: `MoEParams`.
+          params: `MoEParams`, bfloat16, float16 or float32; NumPy arrays are copied.
           config: how to route; without shared experts where `shared` is given.
-          shared: the shared experts, where they are kept apart.
+          shared: the shared experts, where they are kept apart; the same.
           track_load: as for the constructor, like dtype and implementation.
           dtype: the same.
           implementation: the same.
@@ -167,8 +190,13 @@ class MoE(nnx.Module):
         if not isinstance(params, MoEParams):
             raise ValueError(f"params: expected MoEParams, got {type(params).__name__}")
         check_array("params.gate_up", params.gate_up, ("num_expert_ids", "H", "2 * I"))
-        hidden, inner = params.gate_up.shape[1], params.gate_up.shape[2] // 2
-        width = None if shared is None else shared.down.shape[0]
+        hidden, inner = params.gate_up.shape[1], arguments.half("params.gate_up", params.gate_up.shape[2])
+        width = None
+        if shared is not None:
+            if not isinstance(shared, SharedMLP):
+                raise ValueError(f"shared: expected None or a SharedMLP, got {type(shared).__name__}")
+            check_array("shared.down", shared.down, ("W", hidden))
+            width = shared.down.shape[0]
 
         def make() -> MoE:
             return cls(
@@ -187,15 +215,16 @@ class MoE(nnx.Module):
         check_array("params.router", params.router, module.router.shape)
         check_array("params.gate_up", params.gate_up, module.gate_up.shape)
         check_array("params.down", params.down, module.down.shape)
-        module.router = nnx.Param(params.router)
-        module.gate_up, module.down = nnx.Param(params.gate_up), nnx.Param(params.down)
+        module.router = nnx.Param(_own(params.router))
+        module.gate_up, module.down = nnx.Param(_own(params.gate_up)), nnx.Param(_own(params.down))
         if params.bias is not None:
             check_array("params.bias", params.bias, (config.num_experts,))
-            module.bias = BalancingBias(params.bias)
+            module.bias = BalancingBias(_own(params.bias))
         if shared is not None and module.shared is not None:
             check_array("shared.gate_up", shared.gate_up, module.shared.gate_up.shape)
             check_array("shared.down", shared.down, module.shared.down.shape)
-            module.shared.gate_up, module.shared.down = nnx.Param(shared.gate_up), nnx.Param(shared.down)
+            module.shared.gate_up = nnx.Param(_own(shared.gate_up))
+            module.shared.down = nnx.Param(_own(shared.down))
         module.load = Load(jnp.zeros(config.num_expert_ids, jnp.int32))
         return module
 
@@ -212,9 +241,18 @@ class MoE(nnx.Module):
             down=jnp.asarray(self.down[...], dtype),
         )
 
+    def _rows(self, x: Any) -> jax.Array:
+        """x [..., H] as [T, H], in `dtype` or its own."""
+        hidden = self.router.shape[1]
+        is_array = isinstance(x, (jax.Array, np.ndarray, nnx.Variable))
+        if not is_array or x.ndim < 1 or x.shape[-1] != hidden:
+            got = f"{x.dtype}{list(x.shape)}" if is_array else type(x).__name__
+            raise ValueError(f"x: expected an array [..., {hidden}], got {got}")
+        return jnp.asarray(x, self.dtype).reshape(-1, hidden)
+
     def logits(self, x: jax.Array) -> jax.Array:
         """The router's logits, float32 [T, E] for x [..., H]: what the auxiliary losses take."""
-        rows = jnp.asarray(x, self.dtype).reshape(-1, x.shape[-1])
+        rows = self._rows(x)
         return routing.router_logits(rows, self.router[...], implementation=self.implementation)
 
     def __call__(self, x: jax.Array, *, num_valid_tokens: int | jax.Array | None = None) -> tuple[jax.Array, Routing]:
@@ -222,12 +260,16 @@ class MoE(nnx.Module):
 
         Args:
           x: [..., H], of any float dtype; T is the product of the leading axes.
-          num_valid_tokens: tokens at or past this index come out as zeros.
+          num_valid_tokens: tokens at or past this index come out as zeros, and a NaN in their x reaches no gradient but
+            the router's, as `jaxmoe.moe` says.
 
         Returns:
           (y of x's shape, in `dtype` or x's, Routing of the T tokens).
+
+        Raises:
+          ValueError: names the argument, what was expected and what came.
         """
-        rows = jnp.asarray(x, self.dtype).reshape(-1, x.shape[-1])
+        rows = self._rows(x)
         y, chosen = layer.moe(
             rows,
             self.params(rows.dtype),
@@ -238,7 +280,11 @@ class MoE(nnx.Module):
         if not self.config.scale_weights:
             y = (y * self.config.routed_scaling_factor).astype(rows.dtype)
         if self.shared is not None:
-            y = y + jnp.where(chosen.experts[:, :1] >= 0, self.shared(rows), 0)
+            if num_valid_tokens is None:
+                y = y + self.shared(rows)
+            else:  # the rows that go in, too: 0 * NaN would reach the gradients of the weights
+                valid = chosen.experts[:, :1] >= 0
+                y = y + jnp.where(valid, self.shared(jnp.where(valid, rows, 0)), 0)
         if self.track_load:
             self.load[...] = chosen.load
         return y.reshape(x.shape), chosen

@@ -14,7 +14,7 @@ Three things that a `RoutingConfig` does not say:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxmoe.config import RoutingConfig
@@ -179,7 +179,7 @@ def from_hf(hf_config: Any) -> RoutingConfig:
         raise ValueError(f"hf_config: expected one with a model_type of {sorted(_ROUTERS)}, got {got}")
     for name, kinds in _LAYER_KINDS.items():
         layers = get(name, None)
-        if layers is not None and not any(kind in layers for kind in kinds):
+        if layers is not None and not (isinstance(layers, Iterable) and any(layer in kinds for layer in layers)):
             raise ValueError(f"hf_config.{name}: expected a layer that routes to experts ({kinds}), got {layers!r}")
     fields = {field: _read(get, field, model_type) for field in _NAMES}
     group_score = _GROUP_SCORES[fields.pop("topk_method")]

@@ -317,8 +317,12 @@ def router_logits(x: Rows, weight: jax.Array, *, implementation: str | None = No
 @jax.jit
 def _update_bias(bias: jax.Array, load: jax.Array, rate: jax.Array) -> jax.Array:
     routed = load[: bias.shape[0]]
-    # In integers: a rounded mean would move the bias of a load that is perfectly even.
-    mean, rest = jnp.divmod(jnp.sum(routed, dtype=jnp.int32), jnp.int32(bias.shape[0]))
+    # In integers: a rounded mean would move the bias of a load that is perfectly even. Divided first, load by load:
+    # the sum itself may pass 2**31; that of the quotients is at most the mean, that of what is left below E**2.
+    experts = jnp.int32(bias.shape[0])
+    each, left = jnp.divmod(routed, experts)
+    more, rest = jnp.divmod(jnp.sum(left, dtype=jnp.int32), experts)
+    mean = jnp.sum(each, dtype=jnp.int32) + more
     sign = jnp.where(routed == mean, jnp.sign(rest), jnp.sign(mean - routed))
     return (bias.astype(jnp.float32) + rate * sign.astype(jnp.float32)).astype(bias.dtype)
 
@@ -350,5 +354,5 @@ def update_bias(bias: jax.Array, load: jax.Array, *, rate: float | jax.Array) ->
         raise ValueError(f"load: expected at least the {bias.shape[0]} routed experts of bias, got {load.shape[0]}")
     if not isinstance(rate, (int, float)):
         check_array("rate", rate, ())
-    arguments.check_one_device(bias=bias, load=load)
+    arguments.check_one_device(bias=bias, load=load, rate=rate)
     return _update_bias(bias, load, rate)

@@ -37,7 +37,8 @@ class SharedMLP:
         """[T, H] in x's dtype, for x [T, H] in the dtype of both weights; the activation is taken in float32."""
         check_array("x", x, ("T", "H"))
         check_array("gate_up", self.gate_up, (x.shape[1], "2 * W"), (x.dtype,))
-        check_array("down", self.down, (self.gate_up.shape[1] // 2, x.shape[1]), (x.dtype,))
+        width = arguments.half("gate_up", self.gate_up.shape[1])
+        check_array("down", self.down, (width, x.shape[1]), (x.dtype,))
         arguments.check_one_device(x=x, params=self)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # as `experts`: no TF32
         both = jnp.dot(x, self.gate_up, precision=precision)

@@ -164,6 +164,10 @@ def test_wrong_arguments() -> None:
         ({"prefix": f"{PREFIX}."}, "prefix: expected a name without a dot at its end"),
         ({"dtype": jnp.int32}, "dtype: expected None, bfloat16, float16 or float32, got int32"),
         ({"bias_dtype": jnp.int32}, "bias_dtype: expected None, bfloat16"),
+        ({"dtype": "foo"}, "^dtype: expected None, bfloat16, float16 or float32, got 'foo'"),
+        ({"dtype": 3}, "^dtype: expected None, bfloat16, float16 or float32, got 3"),
+        ({"dtype": "f4,,"}, "^dtype: expected None, bfloat16, float16 or float32, got 'f4,,'"),
+        ({"bias_dtype": np.zeros(2)}, "^bias_dtype: expected None, bfloat16, float16 or float32, got array"),
         ({"config": alone, "fuse_shared_experts": False}, "fuse_shared_experts: expected True for a config without"),
         ({"config": alone}, r"shared_experts.down_proj.weight: expected no tensor"),
         ({"has_bias": False}, r"e_score_correction_bias: expected no tensor"),
@@ -173,12 +177,18 @@ def test_wrong_arguments() -> None:
 
     params, shared = jaxmoe.load_hf_moe(tensors, PREFIX, CONFIG, fuse_shared_experts=False)
     wider = SharedMLP(gate_up=shared.gate_up, down=shared.down[:-1])
+    odd = SharedMLP(gate_up=shared.gate_up[:, 1:], down=shared.down[1:])
+    uneven = dataclasses.replace(params, gate_up=params.gate_up[..., 1:], down=params.down[:, 1:])
     for args, given, message in (
         ((params, PREFIX, CONFIG), None, r"params.gate_up: expected .*\[7, 10, 2 \* I\], got bfloat16\[5, 10, 6\]"),
         (({}, PREFIX, CONFIG), None, "params: expected MoEParams, got dict"),
         ((params, PREFIX, alone), shared, "shared: expected None for a config without shared experts"),
         ((params, PREFIX, CONFIG), params, "shared: expected None or a SharedMLP, got MoEParams"),
         ((params, PREFIX, CONFIG), wider, r"shared.down: expected .*\[6, 10\], got bfloat16\[5, 10\]"),
+        ((uneven, PREFIX, CONFIG), shared, "^params.gate_up: expected an even last axis, gate and up .*, got 5"),
+        ((params, PREFIX, CONFIG), odd, "^shared.gate_up: expected an even last axis, gate and up .*, got 11"),
     ):
         with pytest.raises(ValueError, match=message):
             jaxmoe.export_hf_moe(*args, shared=given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^gate_up: expected an even last axis, gate and up side by side, got 11"):
+        odd(jnp.zeros((1, HIDDEN), BF16))

@@ -32,11 +32,12 @@ def shares(logits: np.ndarray, ids: np.ndarray, config: RoutingConfig) -> tuple[
     """(choices of each expert, sum of score / sum(scores), valid tokens), token by token."""
     counts, total, tokens = np.zeros(config.num_experts), np.zeros(config.num_experts), 0
     for x, chosen in zip(logits.astype(np.float64), ids, strict=True):
-        if chosen[0] < 0:
+        if (chosen < 0).all():
             continue
         score = SCORES[config.scoring_func](x)
         total += score / score.sum()
-        counts[chosen[: config.top_k]] += 1
+        for expert in chosen[: config.top_k]:
+            counts[expert] += expert >= 0
         tokens += 1
     return counts, total, tokens
 
@@ -90,12 +91,47 @@ def test_losses_against_the_formulas(name: str) -> None:
                     assert abs(float(got) - expected) > 1e-4
 
 
+def dropped(routing: Routing, seed: int) -> Routing:
+    """Some pairs less: of some tokens the first, of some a shared expert, of some all."""
+    gone = np.random.default_rng(seed).random(routing.experts.shape) < 0.4
+    return routing._replace(experts=jnp.where(gone, -1, routing.experts))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pairs_that_were_dropped(name: str) -> None:
+    """They count for no expert of any sequence, and a token is there while one pair of it is."""
+    config = CONFIGS[name]
+    losses = jax.jit(lambda x, routing: both(x, routing, config))
+    for seed in range(3):
+        routing = dropped(routed(np.zeros((24, config.num_experts)), config, 20), seed)
+        ids = np.asarray(routing.experts)
+        logits = 2 * np.array(normal(seed, 24, config.num_experts))
+        logits[(ids < 0).all(axis=1)] = np.nan
+        want = expected_switch(logits, ids, config), expected_sequence(logits, ids, config)
+        np.testing.assert_allclose(losses(logits, routing), want, rtol=2e-6)
+        outside = jnp.where(routing.experts < 0, config.num_expert_ids, routing.experts)  # as `plan_dispatch` has it
+        np.testing.assert_allclose(losses(logits, routing._replace(experts=outside)), want, rtol=2e-6)
+
+
+def test_dropped_pairs_by_hand() -> None:
+    """All probabilities 1/4: 4 * (2 + 2 + 1 + 1) / 4 * 1/4; of two sequences the mean of 4 * 1/4 and 2 * 1/4."""
+    config = RoutingConfig(num_experts=4, top_k=2, scoring_func="softmax")
+    ids = jnp.array([[0, 1], [2, 3], [0, -1], [1, -1]], jnp.int32)
+    for experts in (ids, ids[:, ::-1]):
+        routing = Routing(jnp.zeros((4, 2)), experts, None)
+        assert float(jaxmoe.switch_loss(jnp.zeros((4, 4)), routing, config)) == 1.5
+        assert float(jaxmoe.sequence_balance_loss(jnp.zeros((4, 4)), routing, config, sequence_length=2)) == 0.75
+
+
+@pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "one expert"])
-def test_gradients_against_finite_differences(name: str) -> None:
+def test_gradients_against_finite_differences(name: str, drop: bool) -> None:
     """Through the probabilities alone: the choices are held; padding gets exact zeros."""
     config = CONFIGS[name]
     logits = np.array(normal(0, 18, config.num_experts))
     routing = routed(logits, config, 10)
+    if drop:
+        routing = dropped(routing, 0)
     exact, ids = logits.astype(np.float64), np.asarray(routing.experts)
     direction = np.asarray(normal(1, *logits.shape), np.float64)
     logits[10:] = np.nan
@@ -105,7 +141,7 @@ def test_gradients_against_finite_differences(name: str) -> None:
         ends = [formula(exact + step * direction, ids, config) for step in (1e-5, -1e-5)]
         numeric = (ends[0] - ends[1]) / 2e-5
         np.testing.assert_allclose(np.sum(np.asarray(grad, np.float64) * direction), numeric, rtol=1e-4, atol=1e-7)
-        assert (abs(numeric) > 1e-4) == (config.top_k < config.num_experts)  # else every choice costs the same
+        assert (abs(numeric) > 1e-4) == (drop or config.top_k < config.num_experts)  # else every choice costs the same
 
 
 def test_losses_of_an_even_load() -> None:

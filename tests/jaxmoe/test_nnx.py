@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 
 import jaxmoe
 from jaxmoe import RoutingConfig, SharedMLP
@@ -145,6 +146,89 @@ def test_dtypes() -> None:
     assert nnx.eval_shape(lambda moe, x: moe(x), small, X)[0].dtype == F32  # as x
 
 
+def numpy_params(dtype: Any = F32) -> tuple[jaxmoe.MoEParams, SharedMLP]:
+    """Of ALONE, with shared experts apart of width 5; NumPy arrays."""
+    array = lambda seed, *shape: np.array(normal(seed, *shape)).astype(dtype)
+    params = jaxmoe.MoEParams(
+        router=array(1, 6, HIDDEN),
+        bias=array(2, 6),
+        gate_up=array(3, 6, HIDDEN, 2 * INNER),
+        down=array(4, 6, INNER, HIDDEN),
+    )
+    return params, SharedMLP(gate_up=array(5, HIDDEN, 10), down=array(6, 5, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_numpy_arrays_are_copied(dtype: Any) -> None:
+    """Whoever writes, the other keeps what it had; read-only arrays do too, and every dtype stays."""
+    params, shared = numpy_params(dtype)
+    given = jax.tree.leaves((params, shared))
+    want = [array.copy() for array in given]
+
+    def held(moe: MoE) -> list[Any]:
+        assert moe.shared is not None
+        return jax.tree.leaves((moe.params(), moe.shared.params()))
+
+    moe = MoE.from_params(params, ALONE, shared=shared)
+    assert not any(np.shares_memory(a, b) for a, b in zip(held(moe), given, strict=True))
+    moe.update_bias(jnp.array([9, 0, 0, 0, 0, 0], jnp.int32), rate=1.0)
+    for array, before in zip(given, want, strict=True):
+        np.testing.assert_array_equal(array, before)
+        array.flags.writeable = False
+    again = MoE.from_params(params, ALONE, shared=shared)
+    again.update_bias(jnp.array([9, 0, 0, 0, 0, 0], jnp.int32), rate=1.0)
+    assert moe.bias is not None
+    np.testing.assert_array_equal(held(again)[1], moe.bias[...])
+    assert np.abs(np.asarray(moe.bias[...] - params.bias, np.float32)).min() > 0.5
+    for array in given:
+        array.flags.writeable = True
+        array[...] = 0
+    for name, got, before in zip(("router", "bias", *"1234"), held(moe), want, strict=True):
+        assert (type(got), got.dtype) == (type(moe.load[...]), before.dtype)
+        if name != "bias":
+            np.testing.assert_array_equal(got, before)
+
+
+def test_padding_reaches_no_gradient_but_the_routers() -> None:
+    """NaN in the padding's x, and in what comes back to it: the other weights learn as from padding of zeros."""
+    moe = module()
+    graph, params, rest = nnx.split(moe, nnx.Param, ...)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def grads(params: nnx.State, x: jax.Array, up: jax.Array) -> jax.Array:
+        return jnp.sum(nnx.merge(graph, params, rest)(x, num_valid_tokens=7)[0] * up)
+
+    up = normal(1, 10, HIDDEN)
+    want, want_dx = grads(params, jnp.asarray(ROWS).at[7:].set(0), up.at[7:].set(0))
+    got, dx = grads(params, jnp.asarray(ROWS).at[7:].set(jnp.nan), up.at[7:].set(jnp.nan))
+    np.testing.assert_array_equal(dx, want_dx)
+    for name in ("gate_up", "down"):
+        for of, expected in ((got[name], want[name]), (got["shared"][name], want["shared"][name])):
+            np.testing.assert_array_equal(of[...], expected[...])
+            assert np.abs(expected[...]).max() > 0.01
+
+
+def test_where_the_load_cannot_be_kept() -> None:
+    """As the docstring says, for each: what Flax says to it, and that track_load=False helps."""
+    call = lambda moe, x: moe(x)[0]
+    for transformed, error, message in (
+        (lambda moe: jax.jit(lambda x: moe(x)[0])(X), TraceContextError, "Cannot mutate Load"),
+        (lambda moe: jax.checkpoint(lambda x: moe(x)[0])(X), TraceContextError, "Cannot mutate Load"),
+        (lambda moe: nnx.jit(lambda x: moe(x)[0])(X), TraceContextError, "Cannot mutate Load"),
+        (lambda moe: nnx.vmap(call, in_axes=(None, 0))(moe, X), ValueError, "load.*got axis spec None"),
+    ):
+        with pytest.raises(error, match=message):
+            transformed(make())
+        moe = make(track_load=False)
+        np.testing.assert_allclose(transformed(moe), moe(X)[0], rtol=1e-5, atol=1e-6)
+    moe = make()
+    jax.jit(call)(moe, X)
+    assert not moe.load[...].any()
+    nnx.jit(call)(moe, X)
+    assert moe.load[...].sum() == 10 * 3
+
+
 def test_initial_weights() -> None:
     """Rows of unit variance come out of each product with about unit variance."""
     moe = MoE(dataclasses.replace(CONFIG, num_experts=64), 64, 32, rngs=nnx.Rngs(0))
@@ -155,7 +239,8 @@ def test_initial_weights() -> None:
 
 def test_wrong_input() -> None:
     moe = make(use_bias=False, track_load=False)
-    params = make().params()
+    params, (alone, shared) = make().params(), numpy_params()
+    from_params: Any = MoE.from_params
     for call, message in (
         (lambda: make(dict), "config: expected a RoutingConfig, got type"),
         (
@@ -171,8 +256,27 @@ def test_wrong_input() -> None:
         (lambda: MoE(CONFIG, 4, 4.0, rngs=nnx.Rngs(0)), "intermediate_size: expected a positive int, got 4.0"),  # type: ignore[arg-type]
         (lambda: moe.update_bias(rate=0.1), "update_bias: expected a module with use_bias=True"),
         (lambda: make(track_load=False).update_bias(rate=0.1), "load: expected an array where track_load=False"),
-        (lambda: make()(normal(0, 3, 9)), r"params.router: expected .*\[6, 9\]"),
-        (lambda: MoE.from_params({}, CONFIG), "params: expected MoEParams, got dict"),  # type: ignore[arg-type]
+        (lambda: make(implementation="cuda"), "implementation: expected None or one of .*, got 'cuda'"),
+        (lambda: make(use_bias="no"), "use_bias: expected a bool, got 'no'"),
+        (lambda: make(track_load=1), "track_load: expected a bool, got 1"),
+        (lambda: make(dtype="foo"), "dtype: expected None, bfloat16, float16 or float32, got 'foo'"),
+        (lambda: make(param_dtype=jnp.int32), "param_dtype: expected None, bfloat16, .*, got int32"),
+        (lambda: make()(normal(0, 3, 9)), r"x: expected an array \[..., 8\], got float32\[3, 9\]"),
+        (lambda: make()(normal(0, 3, 0)), r"x: expected an array \[..., 8\], got float32\[3, 0\]"),
+        (lambda: make()(jnp.float32(1)), r"x: expected an array \[..., 8\], got float32\[\]"),
+        (lambda: make()([[0.0] * 8]), r"x: expected an array \[..., 8\], got list"),  # type: ignore[arg-type]
+        (lambda: make().logits(normal(0, 9)), r"x: expected an array \[..., 8\], got float32\[9\]"),
+        (lambda: from_params({}, CONFIG), "params: expected MoEParams, got dict"),
+        (lambda: from_params(alone, ALONE, shared=(1, 2)), "shared: expected None or a SharedMLP, got tuple"),
+        (
+            lambda: from_params(alone, ALONE, shared=SharedMLP(gate_up=shared.gate_up, down=shared.down.tolist())),  # type: ignore[arg-type]
+            r"shared.down: expected an array .* \[W, 8\], got list",
+        ),
+        (
+            lambda: from_params(dataclasses.replace(alone, gate_up=alone.gate_up[..., 1:]), ALONE),
+            "params.gate_up: expected an even last axis, gate and up side by side, got 11",
+        ),
+        (lambda: from_params(*numpy_params(np.float64)[:1], ALONE), "params.gate_up: expected .*, got float64"),
         (lambda: MoE.from_params(params, ALONE), r"params.gate_up: expected .*\[6, 8, 12\], got float32\[7, 8, 12\]"),
     ):
         with pytest.raises(ValueError, match=message):

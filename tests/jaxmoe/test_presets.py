@@ -203,6 +203,9 @@ V3 = {"model_type": "deepseek_v3"} | DEEPSEEK_V3
         pytest.param(
             V3 | {"mlp_layer_types": ["dense", "dense"]}, "hf_config.mlp_layer_types: expected", id="dense-layers"
         ),
+        pytest.param(V3 | {"mlp_layer_types": 3}, "hf_config.mlp_layer_types: expected.*got 3", id="layers-no-list"),
+        pytest.param(V3 | {"mlp_layer_types": "no moe"}, "hf_config.mlp_layer_types: expected", id="layers-a-string"),
+        pytest.param(V3 | {"mlp_layer_types": [{}]}, "hf_config.mlp_layer_types: expected", id="layers-no-strings"),
         pytest.param(
             NEMOTRON | {"n_routed_experts": 8, "num_experts_per_tok": 2, "hybrid_override_pattern": "M-M*"},
             "hf_config.hybrid_override_pattern: expected",

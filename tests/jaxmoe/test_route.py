@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +295,65 @@ def test_pallas_under_jit_on_the_cpu_is_an_error() -> None:
         pytest.skip("needs a machine whose default device is the CPU")
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         jax.jit(functools.partial(jaxmoe.route, config=SMALL, implementation="pallas"))(normal(0, 3, 24))
+
+
+MAX = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        [2**30, 2**30, 2**30, 0],  # of 2**31 pairs and more
+        [MAX, MAX, 0],
+        [MAX] * 13,
+        [MAX] * 13 + [MAX - 1],
+        [MAX - 1] * 255 + [MAX],
+        [MAX, *range(4, 258)],
+        [4, 1, 1],
+        [2, 1, 1, 0],  # the mean is a load
+        [2**30 + 1, 2**30, 2**30, 2**30 - 1],
+        [MAX],
+        [0] * 7,
+    ],
+)
+@pytest.mark.parametrize("x64", [False, True])
+def test_update_bias_at_any_load(load: list[int], x64: bool) -> None:
+    """Against Python's integers, which do not overflow."""
+    want = [(sum(load) > n * len(load)) - (sum(load) < n * len(load)) for n in load]
+    with jax.enable_x64(x64):
+        got = jaxmoe.update_bias(jnp.zeros(len(load), jnp.float32), jnp.array([*load, MAX], I32), rate=1.0)
+    assert (got.dtype, got.tolist()) == (jnp.float32, want)
+
+
+@pytest.mark.parametrize("experts", [3, 60, 896, 1024])
+def test_update_bias_at_drawn_loads(experts: int) -> None:
+    """Near their mean and its ties, up to what int32 holds."""
+    draw = np.random.default_rng(experts)
+    for middle in (5, 2**21, 2**30, MAX - 8):
+        load = middle + draw.integers(-4, 5, experts)
+        want = np.sign(load.sum() - experts * load)  # in int64
+        got = jaxmoe.update_bias(jnp.zeros(experts), jnp.asarray(load, I32), rate=1.0)
+        np.testing.assert_array_equal(got, want)
+        assert len(set(want.tolist())) > 1
+
+
+def test_update_bias_on_two_devices() -> None:
+    """A rate that lies elsewhere is named, as are bias and load."""
+    program = """if True:
+        import jax, jax.numpy as jnp, jaxmoe
+        here, there = jax.devices()
+        arrays = {"bias": jnp.zeros(3), "load": jnp.arange(3, dtype=jnp.int32), "rate": jnp.float32(0.5)}
+        for name in ("load", "rate"):
+            placed = {key: jax.device_put(array, there if key == name else here) for key, array in arrays.items()}
+            try:
+                jaxmoe.update_bias(placed["bias"], placed["load"], rate=placed["rate"])
+            except ValueError as error:
+                print(str(error).replace(str(here), "here").replace(str(there), "there"))
+        print(jaxmoe.update_bias(**arrays).tolist())
+    """
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    named = [f"{name}: expected the device of bias, here, got there" for name in ("load", "rate")]
+    assert done.stdout.splitlines() == [*named, "[0.5, 0.0, -0.5]"]
