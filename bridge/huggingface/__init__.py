@@ -32,13 +32,15 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers.activations import ACT2FN
 
 OLDEST = "5.13.0"
 
 if Version(transformers.__version__) < Version(OLDEST):  # before anything of it is imported that older ones lack
     raise ImportError(f"transformers: expected version {OLDEST} or newer, got {transformers.__version__}")
 
-from bridge.huggingface.fold import copy_dense, fold, num_foldable  # noqa: E402
+from bridge.checks import FLOATS  # noqa: E402
+from bridge.huggingface.fold import copy_dense, fold, is_dense, like, num_foldable  # noqa: E402
 from bridge.huggingface.forward import experts_forward, forward_fused, forward_router  # noqa: E402
 from jaxmoe import RoutingConfig  # noqa: E402
 
@@ -46,14 +48,22 @@ __all__ = ["Patch", "experts_forward", "patch"]
 
 
 class Patch(AbstractContextManager["Patch"]):
-    """What `patch` returns. Leaving it as a context manager restores the model."""
+    """What `patch` returns. Leaving it as a context manager restores the model; it is entered once."""
 
     def __init__(self, undo: ExitStack) -> None:
         self._undo = undo
+        self._used = ""
 
     def restore(self) -> None:
         """Gives the model back as it was, with the values that its parameters have by now. Once is enough."""
+        self._used = "restored"
         self._undo.close()
+
+    def __enter__(self) -> Patch:
+        if self._used:  # leaving one block restores: another would run an unpatched model
+            raise RuntimeError(f"Patch: expected a new one for each block, got one that was {self._used}; patch again")
+        self._used = "entered"
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
@@ -64,28 +74,34 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
 
     Routers run `bridge.router_logits` and `bridge.route` on their weight and bias as they are stored, whatever their
     dtype; experts run `bridge.plan_dispatch`, `dispatch`, `experts` and `combine`, on a GPU as `bridge.moe` does: the
-    first product gathers tokens as it reads them. What the kernels read is made contiguous here, once; parameters and
-    buffers stay the same objects, with the same names and shapes, so checkpoints load before and after. Router logits
-    are float32 in every model, also in those whose own routers round them to the activations' dtype before they choose.
-    The first layers of DeepSeek-V4, which choose experts by token id, keep their router and their shared expert.
+    first product gathers tokens as it reads them. What the kernels read is made contiguous here, and again by
+    `load_state_dict`; parameters and buffers stay the same objects, with the same names and shapes, so checkpoints load
+    before and after. Router logits are float32 in every model, also in those whose own routers round them to the
+    activations' dtype before they choose. How a router routes is read here, from the router itself (`top_k`,
+    `norm_topk_prob` and so on), which took it from the model's config when it was made; what is set later waits for
+    `restore`. The first layers of DeepSeek-V4, which choose experts by token id, keep their router and their shared
+    expert.
 
     Args:
       model: a transformers model, or a part of one, of a family that `RoutingConfig.from_hf` knows.
       fuse_shared_experts: also folds the shared experts of each layer into the stacks of its experts, and routes to
         them in the same top-k; a shared MLP that is n times as wide as an expert becomes n experts. Until `restore` the
-        stacks are larger and the shared MLP has no weights of its own: make optimizers afterwards. Gradients of these
-        parameters are dropped, here and at `restore`. `state_dict` and `load_state_dict` keep all names and shapes.
+        stacks are larger and the shared MLP has no weights of its own: make optimizers and DistributedDataParallel
+        afterwards, and anew after `restore`. Here and there gradients of these parameters are dropped, and the
+        `backward` of a loss from before raises RuntimeError, if it has not run by then. `state_dict` and
+        `load_state_dict` keep all names and shapes.
 
     Returns:
       Patch: call its `restore()`, or use it as a context manager.
 
     Raises:
       ValueError: names the argument, what was expected and what came: a model without MoE layers or of another family;
-        one that is patched, or has modules whose forward was replaced otherwise; when fusing, shared experts that are
-        not simply added (Qwen3-Next), cannot be split into experts like the routed ones, or do not exist. Nothing has
-        been changed then.
+        one that is patched, or has modules whose forward was replaced otherwise; parameters of a dtype that no kernel
+        reads (float64); a router that holds what jaxmoe cannot do; when fusing, shared experts that are not simply
+        added (Qwen3-Next), cannot be split into experts like the routed ones, or do not exist. Nothing has been changed
+        then.
 
-    Source: the modules of Hugging Face transformers 5.13 to 5.23.
+    Source: the modules of Hugging Face transformers 5.13 to 5.24.
 
     Example:
       >>> import torch, bridge.huggingface
@@ -99,8 +115,10 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
         layers = [_with_shared(layer) for layer in layers]
     with ExitStack() as undo:
         for layer in layers:
-            for tensor in _read_by_kernels(layer):
-                _make_dense(tensor)
+            for module in _read_by_kernels(layer).values():
+                _make_dense(module)
+                # With assign=True what is loaded lies as it did in the checkpoint.
+                undo.callback(module.register_load_state_dict_post_hook(_make_dense).remove)
             if layer.config:
                 _replace_forward(undo, layer.router, forward_router, layer.config)
             _replace_forward(undo, layer.experts, experts_forward)
@@ -127,11 +145,14 @@ def _find_layers(model: nn.Module) -> list[_Layer]:
         router = getattr(block, "gate", getattr(block, "router", None))
         if not (isinstance(router, nn.Module) and hasattr(experts, "is_concatenated")):
             continue
-        config = dataclasses.replace(_routing(experts.config), n_shared_experts=0)
-        layers.append(_Layer(name, block, router, experts, None if hasattr(router, "tid2eid") else config))
-    for layer in layers:
-        for module in (layer.block, layer.router, layer.experts):
-            _check_module(layer.name, module)
+        config = _routing(experts.config)
+        for module in (block, router, experts):
+            _check_module(name, module)
+        layer = _Layer(name, block, router, experts, None)
+        if not hasattr(router, "tid2eid"):
+            layer = layer._replace(config=_held(name, router, config))
+        _check_dtypes(layer)
+        layers.append(layer)
     if not layers:
         if hasattr(model, "config"):
             _routing(model.config)
@@ -145,6 +166,51 @@ def _routing(hf_config: Any) -> RoutingConfig:
         return RoutingConfig.from_hf(hf_config)
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
+
+
+# What routers hold of a RoutingConfig, and what they call it: they read their config once, when they are made.
+_HELD = {
+    "top_k": "top_k",
+    "norm_topk_prob": "renormalize",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "num_group": "n_group",
+    "topk_group": "topk_group",
+}
+_SCORES = {type(ACT2FN[name]): name for name in ("sigmoid", "sqrtsoftplus")}
+_METHODS: dict[str, dict[str, Any]] = {"greedy": {"n_group": 1, "topk_group": 1}, "group_limited_greedy": {}}
+# The least sum of weights that Ernie divides by is 1e-12; jaxmoe divides by any.
+_MOST_NORM_MIN = 1e-6
+
+
+def _held(name: str, router: Any, config: RoutingConfig) -> RoutingConfig:
+    """How a router routes: as it holds it, and as its config says where it holds nothing."""
+    fail = lambda what, expected, got: ValueError(f"model: {what}: expected {expected}, got {got!r} in {name!r}")
+    fields: dict[str, Any] = {"num_experts": len(router.weight), "n_shared_experts": 0}
+    fields |= {field: getattr(router, held) for held, field in _HELD.items() if hasattr(router, held)}
+    if hasattr(router, "score_fn"):
+        if (score := type(router.score_fn)) not in _SCORES:
+            raise fail("score_fn", f"one of {[kind.__name__ for kind in _SCORES]}", score.__name__)
+        fields["scoring_func"] = _SCORES[score]
+    if hasattr(router, "topk_method"):
+        if router.topk_method not in _METHODS:
+            raise fail("topk_method", f"one of {list(_METHODS)}", router.topk_method)
+        fields |= _METHODS[router.topk_method]
+    if (least := getattr(router, "norm_min", 0.0)) > _MOST_NORM_MIN:
+        raise fail("norm_min", f"at most {_MOST_NORM_MIN}", least)
+    try:
+        return dataclasses.replace(config, **fields)
+    except ValueError as error:
+        raise ValueError(f"model: {error} in {name!r}") from error
+
+
+def _check_dtypes(layer: _Layer) -> None:
+    """Raises ValueError where no kernel reads a parameter or buffer of the layer."""
+    for path, module in _read_by_kernels(layer).items():
+        for name, tensor in _own_tensors(module):
+            if tensor.dtype not in FLOATS:
+                wanted = " or ".join(map(str, FLOATS))
+                got = f"{tensor.dtype} in {f'{path}.{name}'.lstrip('.')!r}"
+                raise ValueError(f"model: expected parameters of {wanted}, got {got}")
 
 
 def _check_module(name: str, module: nn.Module) -> None:
@@ -165,16 +231,25 @@ def _with_shared(layer: _Layer) -> _Layer:
     return layer._replace(config=config)
 
 
-def _read_by_kernels(layer: _Layer) -> list[torch.Tensor]:
-    router = [*layer.router.parameters(), *layer.router.buffers(), *layer.block.buffers(recurse=False)]
-    return [*router, *layer.experts.parameters()]
+def _read_by_kernels(layer: _Layer) -> dict[str, nn.Module]:
+    """The modules whose own parameters and buffers kernels read, by their paths."""
+    read = [layer.block, layer.experts, *(layer.router.modules() if layer.config else ())]
+    return {path: module for path, module in layer.block.named_modules(prefix=layer.name) if module in read}
 
 
-def _make_dense(tensor: torch.Tensor) -> None:
-    """Makes a parameter or buffer contiguous, and readable for JAX on a CPU; the object stays the same."""
-    aligned = tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0
-    if not (tensor.is_contiguous() and aligned):
-        tensor.data = copy_dense(tensor.data)
+def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+
+
+def _make_dense(module: nn.Module, _: Any = None) -> None:
+    """Makes what a module holds contiguous, and readable for JAX on a CPU; the objects stay the same.
+
+    Also a hook of `load_state_dict`.
+    """
+    for _name, tensor in _own_tensors(module):
+        if not is_dense(tensor):
+            with like(tensor):
+                tensor.data = copy_dense(tensor.data)
 
 
 def _replace_forward(undo: ExitStack, module: nn.Module, forward: Any, *options: Any) -> None:

@@ -6,11 +6,14 @@ A shared MLP that is s times as wide as an expert is s experts side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge, increment_version
+
+from bridge.views import is_aligned
 
 Stacks = dict[str, tuple[str, ...]]
 
@@ -68,10 +71,41 @@ def copy_dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous, and readable for JAX on a CPU."""
+    return tensor.is_contiguous() and (tensor.device.type != "cpu" or is_aligned(tensor))
+
+
+def like(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Where data for a tensor is made: an inference tensor stays one, and any other can be trained afterwards."""
+    return torch.inference_mode(tensor.is_inference())
+
+
 def _set(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Gives a parameter data of another shape, which no gradient may outlive."""
+    """Gives a parameter data of another shape, which no gradient may outlive.
+
+    Nor may a graph: where it has saved the parameter, torch raises RuntimeError, as after any change of a saved tensor;
+    where it only leads to it, `_refuse` does.
+    """
     parameter.grad = None
+    if not parameter.is_inference():  # those are in no graph
+        trained = parameter.requires_grad
+        get_gradient_edge(parameter.requires_grad_()).node.register_prehook(_refuse)
+        parameter.requires_grad_(trained)
+        increment_version(parameter)
+    # A graph keeps the parameter's node alive, and torch keeps a node while it is alive, with the shape it was made
+    # for; but not across dtypes.
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = parameter.data.new_empty(0, dtype=other)
     parameter.data = data
+
+
+def _refuse(*_: Any) -> None:
+    """A hook of what was a parameter's node in graphs."""
+    raise RuntimeError(
+        "backward: expected a loss computed after bridge.huggingface folded or unfolded the shared experts (patch, "
+        "restore), got one from before: it has no gradients for parameters that have other shapes now"
+    )
 
 
 def fold(undo: ExitStack, block: Any) -> None:
@@ -80,11 +114,12 @@ def fold(undo: ExitStack, block: Any) -> None:
     for stack, parts in _stacks(block.experts).items():
         linears = [getattr(block.shared_experts, part) for part in parts]
         routed = getattr(block.experts, stack)
-        _set(routed, _join(stack, routed.data, [linear.weight.data for linear in linears]))
-        for linear in linears:
-            kept.append(linear.weight)  # the object that comes back
-            _set(linear.weight, linear.weight.data.new_empty(0))
-            linear.register_parameter("weight", None)
+        with like(routed):
+            _set(routed, _join(stack, routed.data, [linear.weight.data for linear in linears]))
+            for linear in linears:
+                kept.append(linear.weight)  # the object that comes back
+                _set(linear.weight, linear.weight.data.new_empty(0))
+                linear.register_parameter("weight", None)
     undo.callback(_unfold, block, kept)
     undo.callback(block.register_state_dict_post_hook(_save_folded).remove)
     undo.callback(block.register_load_state_dict_pre_hook(_load_folded).remove)
@@ -94,13 +129,14 @@ def _unfold(block: Any, kept: list[nn.Parameter]) -> None:
     weights = iter(kept)
     for stack, parts in _stacks(block.experts).items():
         folded = getattr(block.experts, stack)
-        routed, *shared = _split(stack, folded.data, _num_routed(block), len(parts))
-        _set(folded, copy_dense(routed))
-        for part, value in zip(parts, shared, strict=True):
-            weight = next(weights)
-            weight.requires_grad_(folded.requires_grad)
-            _set(weight, value)
-            getattr(block.shared_experts, part).weight = weight
+        with like(folded):
+            routed, *shared = _split(stack, folded.data, _num_routed(block), len(parts))
+            _set(folded, copy_dense(routed))
+            for part, value in zip(parts, shared, strict=True):
+                weight = next(weights)
+                weight.requires_grad_(folded.requires_grad)
+                _set(weight, value)
+                getattr(block.shared_experts, part).weight = weight
 
 
 def _num_routed(block: Any) -> int:

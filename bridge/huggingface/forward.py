@@ -10,7 +10,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 import bridge
 from bridge import path
+from bridge.checks import FLOATS, check, row_stride
+from bridge.huggingface.fold import copy_dense, is_dense
 from bridge.ops import layer
+from bridge.views import import_rows
 from jaxmoe import RoutingConfig
 
 _SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
@@ -36,10 +39,11 @@ def experts_forward(
     """The forward pass of an experts module: what transformers' experts interface calls for "jaxmoe".
 
     Args:
-      self: a module of a class under transformers' `use_experts_implementation`.
-      hidden_states: [T, H].
-      top_k_index: [T, S] of any integer dtype; an id that is not below the number of experts is dropped.
-      top_k_weights: [T, S] of any float dtype.
+      self: a module of a class under transformers' `use_experts_implementation`, with parameters in bfloat16, float16
+        or float32.
+      hidden_states: [T, H] of any float dtype; rows may be strided.
+      top_k_index: [T, S] of any integer dtype; an id that is not below the number of experts, or negative, is dropped.
+      top_k_weights: [T, S] bfloat16, float16, float32, or float64, which is rounded to float32.
 
     Returns:
       [T, H] in hidden_states' dtype. Differentiable in hidden_states, top_k_weights and the module's parameters.
@@ -47,7 +51,7 @@ def experts_forward(
     Raises:
       ValueError: names the argument, what was expected and what came.
 
-    Source: the experts interface of Hugging Face transformers 5.13 to 5.23.
+    Source: the experts interface of Hugging Face transformers 5.13 to 5.24.
 
     Example:
       >>> import bridge.huggingface
@@ -57,12 +61,15 @@ def experts_forward(
     """
     up = self.gate_up_proj if self.has_gate else self.up_proj
     up, down = (weight if self.is_transposed else weight.mT for weight in (up, self.down_proj))
-    ids = top_k_index.to(torch.int32)  # those of a patched router are
-    plan = bridge.plan_dispatch(ids, down.shape[0])
     x = hidden_states.to(down.dtype)  # they differ under autocast alone
+    ops = path.takes_ops(x, None)
+    _check(x, top_k_index, top_k_weights, down, ops)
+    ids = _dense(_int32(top_k_index, down.shape[0]), ops)
+    weights = _dense(top_k_weights.float() if top_k_weights.dtype == torch.float64 else top_k_weights, ops)
+    plan = bridge.plan_dispatch(ids, down.shape[0])
     normed = getattr(self, "has_post_expert_norm", False)  # transformers 5.20 brought it
-    if _is_swiglu(self) and not normed and path.takes_ops(x, None):
-        return layer.weighted(x, plan, top_k_weights, up, down).to(hidden_states.dtype)
+    if _is_swiglu(self) and not normed and ops:
+        return layer.weighted(x, plan, weights, up, down).to(hidden_states.dtype)
     rows = bridge.dispatch(x, plan)
     if _is_swiglu(self):
         rows = bridge.experts(rows, up, down, plan.group_sizes)
@@ -70,10 +77,40 @@ def experts_forward(
         rows = _mlp(self, rows, up, down, ids, plan)
     if normed:
         rows = self.post_expert_norm(rows)
-    return bridge.combine(rows, plan, top_k_weights).to(hidden_states.dtype)
+    return bridge.combine(rows, plan, weights).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("jaxmoe", experts_forward)
+
+
+_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+def _check(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, down: torch.Tensor, ops: bool) -> None:
+    """Raises ValueError in the words of `experts_forward`'s arguments; x are hidden_states, cast."""
+    if down.dtype not in FLOATS:
+        raise ValueError(f"self: expected parameters of {' or '.join(map(str, FLOATS))}, got {down.dtype}")
+    check("hidden_states", x, ("T", down.shape[2]))
+    check("top_k_index", ids, (x.shape[0], "S"), _IDS)
+    check("top_k_weights", weights, ids.shape, (*FLOATS, torch.float64))
+    if ops:
+        row_stride("hidden_states", x)
+    elif not is_dense(x):
+        import_rows("hidden_states", x)  # raises where it cannot be viewed
+
+
+def _int32(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Ids as a plan takes them; those of a patched router are such."""
+    if ids.dtype in (torch.int64, torch.uint32, torch.uint64):  # a cast would wrap
+        ids = ids.to(torch.int64).clamp(-1, num_experts)
+    return ids.to(torch.int32)
+
+
+def _dense(tensor: torch.Tensor, ops: bool) -> torch.Tensor:
+    """A small tensor as the ops take it, or JAX."""
+    if ops:
+        return tensor.contiguous()
+    return tensor if is_dense(tensor) else copy_dense(tensor)
 
 
 def _is_swiglu(experts: Any) -> bool:

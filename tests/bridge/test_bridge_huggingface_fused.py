@@ -112,6 +112,100 @@ def test_gradients(family: str) -> None:
     assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
 
 
+def loss_of(model: Any) -> torch.Tensor:
+    tokens = prompt()
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_losses_that_are_still_held(family: str) -> None:
+    """A loss that has been followed back may stay around: training goes on when shared experts are folded and back."""
+    model = make(family)
+    first = loss_of(model)
+    first.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with patch(model, fuse_shared_experts=True):
+        model.zero_grad()
+        second = loss_of(model)
+        second.backward()
+        for layer in layers_of(model):
+            for p in layer.experts.parameters():
+                assert p.grad is not None
+                assert p.grad.shape == p.shape
+    model.zero_grad()
+    third = loss_of(model)
+    third.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient)
+    torch.testing.assert_close(torch.stack([second, third]), torch.stack([first, first]))
+
+
+# What torch says of a saved tensor that has changed, what the package says, what torch says of a part run once more.
+GONE = "modified by an inplace operation|^backward: expected a loss computed after|^torch.utils.checkpoint: "
+LOSSES = {"a model's": loss_of, "a norm's": lambda model: layers_of(model)[-1].experts.down_proj.sum()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("when", ["before", "inside", "before and after"])
+def test_losses_from_before_are_refused(when: str, loss: str, checkpointing: bool) -> None:
+    """A loss cannot be followed back to parameters that have had other shapes since: no wrong gradient in silence."""
+    model = make("deepseek_v3").train()
+    if checkpointing:  # the parts of a model are computed once more in its backward pass
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if when != "inside":
+        value = LOSSES[loss](model)
+    with patch(model, fuse_shared_experts=True):
+        if when == "inside":
+            value = LOSSES[loss](model)
+        if when == "before":
+            with pytest.raises(RuntimeError, match=GONE):
+                value.backward()
+    if when != "before":
+        with pytest.raises(RuntimeError, match=GONE):
+            value.backward()
+    layer = layers_of(model)[0]
+    for p in [*layer.experts.parameters(), *layer.shared_experts.parameters()]:
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_activations_from_before_have_no_gradient(when: str) -> None:
+    """Nor is one followed back past such parameters, whose values are no longer there."""
+    layer = layers_of(make("deepseek_v3"))[0]
+    x = torch.randn(1, 15, 32, requires_grad=True)
+    if when == "before":
+        y = layer.experts(x[0], torch.zeros(15, 1, dtype=torch.int64), torch.ones(15, 1))
+    handle = patch(layer, fuse_shared_experts=True)
+    if when == "inside":
+        y = layer(x)
+        handle.restore()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), x)
+
+
+def test_losses_from_before_are_refused_by_name() -> None:
+    """Where torch itself has nothing to say against a loss."""
+    model = make("deepseek_v3")
+    layer = layers_of(model)[0]
+    down = layer.experts.down_proj
+    before = down.sum()
+    layer.requires_grad_(False)  # for a while
+    with patch(model, fuse_shared_experts=True):
+        down.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"^backward: expected a loss computed after bridge\.huggingface folded"):
+            before.backward()
+        inside = down.sum()
+        assert down.grad is None
+    with pytest.raises(RuntimeError, match=r"^backward: expected a loss computed after bridge\.huggingface folded"):
+        inside.backward()
+    assert down.grad is None
+    down.sum().backward()
+    assert torch.equal(down.grad, torch.ones(8, 32, 16))
+
+
 def test_model_moves_while_fused() -> None:
     """What happens to the model happens to its shared experts: dtype, freezing, copies."""
     model = make("ernie4_5_moe")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bridge
+from bridge.ops import layer as layer_ops
 
 transformers = pytest.importorskip("transformers", minversion="5.13")
 from bridge.huggingface import patch  # noqa: E402
@@ -71,6 +72,7 @@ class Ops(TorchDispatchMode):
         self.inside = False
         for name in ("router_logits", "route", "plan_dispatch", "dispatch", "experts", "combine"):
             monkeypatch.setattr(bridge, name, functools.partial(self.enter, getattr(bridge, name)))
+        monkeypatch.setattr(layer_ops, "weighted", functools.partial(self.enter, layer_ops.weighted))
 
     def enter(self, function: Any, *given: Any, **more: Any) -> Any:
         self.inside = True
@@ -194,6 +196,108 @@ def test_handle() -> None:
     assert_same_model(model, before)
 
 
+def test_handle_is_entered_once() -> None:
+    """Leaving a block restores the model, so that another block on the same handle would run without jaxmoe."""
+    model = make("mixtral")
+    handle = patch(model)
+    with handle:
+        with pytest.raises(RuntimeError, match=r"^Patch: expected a new one for each block, got one .* entered"):
+            handle.__enter__()
+        assert "forward" in vars(layers_of(model)[0].gate)
+    with pytest.raises(RuntimeError, match=r"^Patch: expected a new one for each block, got one .* restored"), handle:
+        pass
+    with patch(model):
+        assert "forward" in vars(layers_of(model)[0].gate)
+
+
+# What a router holds and how it routes by that, whatever its config says.
+HELD = [
+    ("mixtral", "top_k", 4),
+    ("qwen3_moe", "norm_topk_prob", True),
+    ("deepseek_v3", "routed_scaling_factor", 1.0),
+    ("deepseek_v3", "num_group", 2),
+    ("deepseek_v3", "topk_group", 1),
+    ("deepseek_v4", "score_fn", nn.Sigmoid()),
+]
+
+
+@pytest.mark.parametrize(("family", "attribute", "value"), HELD)
+def test_routers_route_as_they_are_set(family: str, attribute: str, value: Any) -> None:
+    """What is set on a router after it was made holds for the patched model, too."""
+    model = make(family)
+    gate, before = layers_of(model)[-1].gate, logits_of(model)
+    assert hasattr(gate, attribute)
+    setattr(gate, attribute, value)
+    expected = logits_of(model)
+    assert (expected - before).abs().max() > 0.02
+    with patch(model):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_that_is_set_to_have_no_groups() -> None:
+    """DeepSeek-V2's method decides whether its groups count."""
+    model = make("deepseek_v2")
+    gate = layers_of(model)[0].gate
+    gate.top_k = 4  # all experts of the groups that a token may choose from
+    limited = logits_of(model)
+    gate.topk_method = "greedy"
+    expected = logits_of(model)
+    assert (expected - limited).abs().max() > 0.02
+    with patch(model):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["num_experts_per_tok", "num_local_experts"])
+def test_config_changed_after_routers_were_made(field: str) -> None:
+    """Routers have read their config by then: it changes nothing, patched or not."""
+    model = make("mixtral")
+    expected = logits_of(model)
+    setattr(model.config, field, 4)
+    assert torch.equal(logits_of(model), expected)
+    with patch(model):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, an element behind where JAX takes them on a CPU."""
+    found = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    assert found.data_ptr() % 64
+    return found
+
+
+@pytest.mark.parametrize("part", ["model", "experts", "router"])
+def test_assigned_checkpoint_is_made_dense(part: str) -> None:
+    """load_state_dict(assign=True) takes over tensors as they lie in a file: the next call still reads them."""
+    model = make("ernie4_5_moe")
+    layer = layers_of(model)[0]
+    module = {"model": model, "experts": layer.experts, "router": layer.gate}[part]
+    values = {name: apart(value * 1.5) for name, value in module.state_dict().items()}
+    with patch(model):
+        module.load_state_dict(values, assign=True)
+        found = logits_of(model)
+        assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
+    torch.testing.assert_close(found, logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_inference_mode() -> None:
+    """A model that is patched and restored in inference mode can be trained as before; one that is made there runs."""
+    model = make("deepseek_v3")
+    expected = gradients(model)
+    gate = layers_of(model)[0].gate
+    gate.weight.data = gate.weight.data.T.contiguous().T
+    with torch.inference_mode():
+        with patch(model, fuse_shared_experts=True):
+            logits_of(model)
+        made_there = make("deepseek_v3")
+    assert all(gradient is not None for gradient in expected.values())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    plain = logits_of(made_there)
+    with patch(made_there, fuse_shared_experts=True):
+        torch.testing.assert_close(logits_of(made_there), plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(made_there), plain)
+
+
 def test_copies_of_a_patched_model() -> None:
     """A deep copy and a pickle of a patched model are patched models of their own."""
     model = make("minimax_m2")
@@ -228,6 +332,18 @@ def with_own_router() -> Any:
     return model
 
 
+def with_gate(family: str, attribute: str, value: Any) -> Any:
+    model = make(family)
+    setattr(layers_of(model)[-1].gate, attribute, value)
+    return model
+
+
+def with_double_bias() -> Any:
+    model = make("minimax_m2")
+    layers_of(model)[0].e_score_correction_bias = layers_of(model)[0].e_score_correction_bias.double()
+    return model
+
+
 def olmoe() -> Any:
     return transformers.OlmoeForCausalLM(make_config("OlmoeConfig", num_experts=4))
 
@@ -246,6 +362,13 @@ REFUSED = {
     "with MoE layers, got Qwen3MoeForCausalLM without any": without_experts,
     "with MoE layers, got Linear without any": lambda: nn.Linear(2, 2),
     "modules of transformers.models, got .*Router in 'model.layers.0.mlp'": with_own_router,
+    "parameters of .*, got torch.float64 in 'model.layers.0.mlp.gate.weight'": lambda: make("mixtral", torch.float64),
+    "parameters of .*, got torch.float64 in 'model.layers.0.mlp.e_score_correction_bias'": with_double_bias,
+    # What a router holds that jaxmoe cannot do.
+    "an int from 1 to 32, got 0 in 'model.layers.0.mlp'": lambda: with_gate("mixtral", "top_k", 0),
+    "'SqrtSoftplus.*, got 'Tanh' in 'model.layers.1.mlp'": lambda: with_gate("deepseek_v4", "score_fn", nn.Tanh()),
+    "'greedy', .*, got 'any' in 'model.layers.1.mlp'": lambda: with_gate("deepseek_v2", "topk_method", "any"),
+    "at most 1e-06, got 0.1 in 'model.layers.1.mlp'": lambda: with_gate("ernie4_5_moe", "norm_min", 0.1),
 }
 
 
@@ -305,6 +428,93 @@ def test_experts_interface(kind: str, tokens: int) -> None:
         torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(experts(x, elsewhere, weights), without, rtol=1e-4, atol=1e-4)
         assert tokens == 0 or (expected - experts(x, (ids + 1) % 5, weights)).abs().max() > 0.05
+
+
+def mixtral_experts() -> Any:
+    torch.manual_seed(0)
+    experts = transformers.models.mixtral.modeling_mixtral.MixtralExperts(make_config("MixtralConfig"))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    experts.config._experts_implementation = "jaxmoe"
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outside"),
+    [
+        (torch.int64, 2**32),  # 0 as an int32
+        (torch.int64, -(2**32)),
+        (torch.int64, 2**63 - 1),
+        (torch.uint64, 2**64 - 1),
+        (torch.uint32, 2**31),
+        (torch.uint16, 2**16 - 1),
+        (torch.int8, -1),
+        (torch.uint8, 255),
+    ],
+)
+def test_ids_of_any_integer_dtype(dtype: torch.dtype, outside: int) -> None:
+    """An id outside of the experts is dropped, however far outside."""
+    experts, x, weights = mixtral_experts(), torch.randn(9, 32), torch.rand(9, 2)
+    ids, elsewhere = torch.tensor([[3, 7]] * 9), torch.tensor([[3, outside]] * 9, dtype=dtype)
+    with torch.no_grad():
+        expected = experts(x, ids, weights * torch.tensor([1.0, 0.0]))
+        assert (expected - experts(x, ids, weights)).abs().max() > 0.05
+        assert torch.equal(experts(x, elsewhere, weights), expected)
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])
+def test_ids_and_weights_that_lie_anyhow(hidden_act: str) -> None:
+    """Ids and weights may be float64, expanded, strided or anywhere in memory."""
+    experts = mixtral_experts()
+    experts.act_fn = transformers.activations.ACT2FN[hidden_act]
+    x, wide = torch.randn(9, 32), torch.randint(8, (9, 4))
+    ids, column = wide.contiguous()[:, ::2], torch.rand(9, 1)
+    weights = column.expand(9, 2)
+    with torch.no_grad():
+        expected = experts(x, ids.int().contiguous(), weights.contiguous())
+        assert expected.abs().max() > 0.05
+        for other_ids in (ids, ids.int().T.contiguous().T, apart(ids), apart(ids.int())):
+            assert torch.equal(experts(x, other_ids, weights), expected)
+        for other_weights in (weights.contiguous().T.contiguous().T, apart(weights), weights.double()):
+            assert torch.equal(experts(x, ids, other_weights), expected)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = column.to(dtype, copy=True).requires_grad_()
+        experts(x, ids, leaf.expand(9, 2)).sum().backward()
+        gradients.append(leaf.grad)
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == dtype
+    assert torch.equal(gradients[0], gradients[1].float())
+
+
+X, IDS, WEIGHTS = torch.ones(9, 32), torch.zeros(9, 2, dtype=torch.int64), torch.ones(9, 2)
+WRONG_ARGUMENTS = {
+    r"hidden_states: expected rows that lie apart or a contiguous tensor, got strides \(1, 9\)": (
+        torch.ones(32, 9).T,
+        IDS,
+        WEIGHTS,
+    ),
+    "hidden_states: expected an address that is a multiple of 64 bytes": (apart(X), IDS, WEIGHTS),
+    r"hidden_states: expected .*\[T, 32\], got float32\[9, 16\]": (torch.ones(9, 16), IDS, WEIGHTS),
+    r"hidden_states: expected .*\[T, 32\], got float32\[1, 9, 32\]": (X[None], IDS, WEIGHTS),
+    r"top_k_index: expected .*\[9, S\], got int64\[8, 2\]": (X, IDS[:8], WEIGHTS),
+    r"top_k_index: expected .*\[9, S\], got float32\[9, 2\]": (X, WEIGHTS, WEIGHTS),
+    r"top_k_weights: expected .*\[9, 2\], got float32\[9, 1\]": (X, IDS, WEIGHTS[:, :1]),
+    r"top_k_weights: expected .*\[9, 2\], got int64\[9, 2\]": (X, IDS, IDS),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_arguments_are_named(message: str) -> None:
+    """What the experts interface cannot take is refused in the words of its own arguments."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        mixtral_experts()(*WRONG_ARGUMENTS[message])
+
+
+def test_experts_in_float64_are_refused() -> None:
+    """By name: it is not the activations that are wrong."""
+    with pytest.raises(ValueError, match=r"^self: expected parameters of .*torch\.float32, got torch\.float64$"):
+        mixtral_experts().double()(X.double(), IDS, WEIGHTS)
 
 
 def test_experts_interface_of_a_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
