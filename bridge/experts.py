@@ -9,7 +9,6 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.native.experts import is_transposed
 from bridge.ops import experts as ops
 
 
@@ -27,8 +26,8 @@ def experts(
     Args:
       rows: [M, H] bfloat16, float16 or float32, in expert order, as `dispatch` returns them.
       gate_up: [E, H, 2 * I] of rows' dtype: columns [0, I) are the gate, [I, 2 * I) the up projection.
-      down: [E, I, H] of rows' dtype. The weights may be transposed views, `.mT`, of tensors that lie as Hugging Face
-        keeps them ([E, 2 * I, H] and [E, H, I]): nothing is copied.
+      down: [E, I, H] of rows' dtype. Either weight may be a transposed view, `.mT`, of a contiguous tensor that lies as
+        Hugging Face keeps it ([E, 2 * I, H] and [E, H, I]): nothing is copied.
       group_sizes: int32 [E], how many rows each expert has; from the plan.
       activation: "silu", "gelu" (exact) or "gelu_tanh", taken in float32.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX.
@@ -56,9 +55,7 @@ def experts(
         if not isinstance(activation, str):
             raise ValueError(f"activation: expected a string, got {type(activation).__name__}")
         return path.at_once(ops.experts, rows, gate_up, down, group_sizes, activation)
-    transposed = _is_view(gate_up) and _is_view(down)
-    if transposed:
-        arguments |= {"gate_up": gate_up.mT, "down": down.mT}
+    (arguments["gate_up"], arguments["down"]), transposed = ops.as_they_lie(gate_up, down)
     options = {"activation": activation, "transposed": transposed, "implementation": implementation}
     return call(jaxmoe.experts, arguments, options)
 
@@ -93,9 +90,7 @@ def grouped_matmul(
     if path.takes_ops(rows, implementation):
         _check_tensors(arguments)
         return path.at_once(ops.grouped_matmul, rows, weight, group_sizes)
-    transposed = _is_view(weight)
-    if transposed:
-        arguments["weight"] = weight.mT
+    (arguments["weight"],), (transposed,) = ops.as_they_lie(weight)
     return call(jaxmoe.grouped_matmul, arguments, {"transposed": transposed, "implementation": implementation})
 
 
@@ -103,8 +98,3 @@ def _check_tensors(arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def _is_view(weight: Any) -> bool:
-    """Whether a weight is the transpose of what lies in memory."""
-    return isinstance(weight, torch.Tensor) and weight.ndim == 3 and is_transposed(weight) and weight.mT.is_contiguous()

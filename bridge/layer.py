@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from bridge import path
 from bridge.call import call
 from bridge.checks import check
 from bridge.ops import layer as ops
+from bridge.ops.experts import as_they_lie, check_weight, is_view
 from bridge.routing import Routing, check_count, count
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
@@ -22,7 +25,7 @@ class MoEParams(NamedTuple):
     Attributes:
       router: [E, H], the router's weight, of any of the float dtypes.
       gate_up: [num_expert_ids, H, 2 * I]: the routed experts, then the shared ones (a replica each).
-      down: [num_expert_ids, I, H].
+      down: [num_expert_ids, I, H]. Either of these two may be a transposed view, `.mT`, of a contiguous tensor.
       bias: [E], added to the scores for the choice only; None for none.
     """
 
@@ -74,13 +77,39 @@ def moe(
         "params": jaxmoe.MoEParams(**params._asdict()),
         "num_valid_tokens": count(num_valid_tokens, "x", x),
     }
-    options = {"config": config, "implementation": implementation}
-    y, routing = call(jaxmoe.moe, arguments, options, no_gradient=("params.bias",))
+    options: dict[str, Any] = {"config": config, "implementation": implementation}
+    function: Callable[..., Any] = jaxmoe.moe
+    if is_view(params.gate_up) or is_view(params.down):
+        _check(x, params, config)  # in the words of jaxmoe.moe, which is not called
+        for name, weight in (("params.gate_up", params.gate_up), ("params.down", params.down)):
+            check_weight(name, weight, x.device)
+        (gate_up, down), options["transposed"] = as_they_lie(params.gate_up, params.down)
+        arguments["params"] = dataclasses.replace(arguments["params"], gate_up=gate_up, down=down)
+        function = _of_views
+    y, routing = call(function, arguments, options, no_gradient=("params.bias",))
     return y, Routing(*routing)
 
 
-def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any) -> tuple[torch.Tensor, Routing]:
-    """`moe` through the ops."""
+def _of_views(
+    x: Any,
+    params: jaxmoe.MoEParams,
+    *,
+    config: RoutingConfig,
+    transposed: tuple[bool, bool],
+    num_valid_tokens: Any,
+    implementation: str | None,
+) -> tuple[Any, jaxmoe.Routing]:
+    """`jaxmoe.moe` in its parts, of which `experts` takes weights that lie transposed."""
+    how: dict[str, Any] = {"implementation": implementation}
+    logits = jaxmoe.router_logits(x, params.router, **how)
+    routing = jaxmoe.route(logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, **how)
+    plan = jaxmoe.plan_dispatch(routing.experts, config.num_expert_ids, **how)
+    rows = jaxmoe.dispatch(x, plan, **how)
+    rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes, transposed=transposed, **how)
+    return jaxmoe.combine(rows, plan, routing.weights, **how), routing
+
+
+def _check(x: torch.Tensor, params: MoEParams, config: Any) -> None:
     if not isinstance(config, RoutingConfig):
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
     experts = config.num_experts
@@ -91,6 +120,11 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     check("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
     inner = half("params.gate_up", params.gate_up.shape[2])
     check("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
+
+
+def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any) -> tuple[torch.Tensor, Routing]:
+    """`moe` through the ops."""
+    _check(x, params, config)
     valid, number = check_count(num_valid_tokens, "x", x)
     arguments = x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json
     y, *routing = path.at_once(ops.moe, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_layout
+from bridge.checks import INT32, check, check_layout, check_no_gradient
 from bridge.ops import layer as layer_ops
 from bridge.ops import routing as ops
 from jaxmoe import RoutingConfig
@@ -73,7 +74,8 @@ def route(
         return _route(logits, bias, config, num_valid_tokens, return_load, out)
     arguments = {"logits": logits, "bias": bias, "num_valid_tokens": count(num_valid_tokens, "logits", logits)}
     options = {"config": config, "return_load": return_load, "implementation": implementation}
-    if isinstance(out, tuple) and len(out) == len(Routing._fields):
+    if out is not None:
+        _check_out(out, return_load)
         out = jaxmoe.Routing(*out)  # so that messages name its fields
     return Routing(*call(jaxmoe.route, arguments, options, strided=("logits",), no_gradient=("bias",), out=out))
 
@@ -96,43 +98,58 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
     if out is None:
         weights, experts, load = ops.route(logits, bias, valid, number, config.json, return_load)
         return Routing(weights, experts, load if return_load else None)
-    if not isinstance(out, tuple) or len(out) != 3 or (out[2] is not None) != return_load:
-        wanted = "(weights, experts, load)" if return_load else "(weights, experts, None)"
-        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
-        raise ValueError(f"out: expected a Routing or tuple {wanted}, got {got}")
+    _check_out(out, return_load)
     weights, experts, load = out
     for name, tensor in zip(Routing._fields, out, strict=True):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise ValueError(f"out.{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_no_gradient(logits=logits)  # here, where torch.compile sees it
     ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
     return out if type(out) is Routing else Routing(*out)
 
 
-def check_count(value: Any, name: str, tokens: Any) -> tuple[torch.Tensor | None, Any]:
-    """num_valid_tokens as the ops take it: a tensor on the device, or a number."""
-    if value is None:
-        return None, None
-    if isinstance(value, torch.Tensor):
-        return value, None
+def _check_out(out: Any, return_load: Any) -> None:
+    """Raises ValueError unless `out` has something to write to for each result; what that is the op or JAX checks."""
+    if not isinstance(out, tuple) or len(out) != 3:
+        wanted = "(weights, experts, load)" if return_load else "(weights, experts, None)"
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else type(out).__name__
+        raise ValueError(f"out: expected a Routing or tuple {wanted}, got {got}")
+    weights, experts, load = out
+    for name, entry in (("weights", weights), ("experts", experts)):
+        if entry is None:
+            raise ValueError(f"out.{name}: expected a torch.Tensor, got NoneType")
+    if return_load and load is None:
+        raise ValueError("out.load: expected a torch.Tensor, or None with return_load=False, got NoneType")
+    if load is not None and not return_load:
+        raise ValueError(f"out.load: expected None with return_load=False, got {type(load).__name__}")
+
+
+def _number(value: Any, name: str, tokens: Any) -> Any:
+    """num_valid_tokens where it is no tensor, checked: an int, whatever integer it was."""
+    if isinstance(value, np.integer):
+        value = operator.index(value)
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise ValueError(f"num_valid_tokens: expected an int or an int32 tensor, got {type(value).__name__}")
-    if tokens.ndim != 2:
-        raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {tokens.ndim} axes")
-    if not 0 <= value <= tokens.shape[0]:
-        raise ValueError(f"num_valid_tokens: expected 0 to T={tokens.shape[0]}, got {value}")
-    return None, value
-
-
-def count(value: Any, name: str, tokens: Any) -> Any:
-    """num_valid_tokens, an int as an int32 scalar: one compiled gradient then serves every value."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return value
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2:
         got = f"{tokens.ndim} axes" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {got}")
     if not 0 <= value <= tokens.shape[0]:
         raise ValueError(f"num_valid_tokens: expected 0 to T={tokens.shape[0]}, got {value}")
-    return np.int32(value)
+    return value
+
+
+def check_count(value: Any, name: str, tokens: Any) -> tuple[torch.Tensor | None, Any]:
+    """num_valid_tokens as the ops take it: a tensor on the device, or a number."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value, None
+    return None, _number(value, name, tokens)
+
+
+def count(value: Any, name: str, tokens: Any) -> Any:
+    """num_valid_tokens, a number as an int32 scalar: one compiled gradient then serves every value."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    return np.int32(_number(value, name, tokens))
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, *, implementation: str | None = None) -> torch.Tensor:

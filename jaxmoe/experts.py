@@ -76,31 +76,34 @@ def gated_grad(
     return run(implementation, kernels, plain, kept, grad, scale)
 
 
+Both = tuple[str | None, str, bool, bool]  # implementation, activation, whether gate_up and down are transposed
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(static: Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    (hidden,) = gated(static, rows, gate_up, group_sizes, keep=False)
-    return product(static[0], hidden, down, group_sizes, transposed=static[2])
+def _experts(static: Both, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    (hidden,) = gated(static[:3], rows, gate_up, group_sizes, keep=False)
+    return product(static[0], hidden, down, group_sizes, transposed=static[3])
 
 
 def _experts_fwd(
-    static: Static, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
+    static: Both, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
 ) -> tuple[jax.Array, Any]:
     # Of what lies between the two products, gate and up are kept, written by the same kernel: computing them again
     # would make the backward pass a third longer. The hidden rows follow from them without a product.
-    hidden, kept = gated(static, rows, gate_up, group_sizes, keep=True)
-    out = product(static[0], hidden, down, group_sizes, transposed=static[2])
+    hidden, kept = gated(static[:3], rows, gate_up, group_sizes, keep=True)
+    out = product(static[0], hidden, down, group_sizes, transposed=static[3])
     return out, (rows, gate_up, down, group_sizes, kept)
 
 
-def _experts_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
-    implementation, _, transposed = static
+def _experts_bwd(static: Both, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    implementation, _, first, second = static
     rows, gate_up, down, group_sizes, kept = saved
-    dhidden = product(implementation, grad, down, group_sizes, transposed=not transposed)
-    dkept, hidden = gated_grad(static, kept, dhidden)
+    dhidden = product(implementation, grad, down, group_sizes, transposed=not second)
+    dkept, hidden = gated_grad(static[:3], kept, dhidden)
     return (
-        product(implementation, dkept, gate_up, group_sizes, transposed=not transposed),
-        outer(implementation, rows, dkept, group_sizes, transposed=transposed),
-        outer(implementation, hidden, grad, group_sizes, transposed=transposed),
+        product(implementation, dkept, gate_up, group_sizes, transposed=not first),
+        outer(implementation, rows, dkept, group_sizes, transposed=first),
+        outer(implementation, hidden, grad, group_sizes, transposed=second),
         no_gradient(group_sizes),
     )
 
@@ -116,7 +119,7 @@ def experts(
     group_sizes: jax.Array,
     *,
     activation: str = "silu",
-    transposed: bool = False,
+    transposed: bool | tuple[bool, bool] = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Applies each expert to its group of rows: (activation(gate) * up) @ down with gate, up = split(rows @ gate_up).
@@ -130,7 +133,8 @@ def experts(
       down: [E, I, H] of rows' dtype; with `transposed` [E, H, I].
       group_sizes: int32 [E], how many rows each expert has; from the plan. Their sum is at most M.
       activation: "silu", "gelu" (exact) or "gelu_tanh", taken in float32.
-      transposed: whether the weights lie as Hugging Face transformers has them. They are read as they lie.
+      transposed: whether the weights lie as Hugging Face transformers has them; a pair where gate_up and down differ.
+        They are read as they lie.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
@@ -150,20 +154,23 @@ def experts(
       >>> (y / jax.nn.silu(1.0)).round(4).tolist()
       [[2.0], [4.0]]
     """
-    if type(transposed) is not bool:
-        raise ValueError(f"transposed: expected a bool, got {transposed!r}")
+    pair = transposed if isinstance(transposed, tuple) else (transposed, transposed)
+    if [type(each) for each in pair] != [bool, bool]:
+        wanted = "a bool for gate_up and one for down" if isinstance(transposed, tuple) else "a bool"
+        raise ValueError(f"transposed: expected {wanted}, got {transposed!r}")
+    first, second = pair
     check_array("rows", rows, ("M", "H"))
     width = rows.shape[1]
-    check_array("gate_up", gate_up, ("E", "2 * I", width) if transposed else ("E", width, "2 * I"), (rows.dtype,))
+    check_array("gate_up", gate_up, ("E", "2 * I", width) if first else ("E", width, "2 * I"), (rows.dtype,))
     arguments.check_at_least_one("gate_up", gate_up, 0)
     num_experts = gate_up.shape[0]
-    axis = ("second", 1) if transposed else ("last", 2)
+    axis = ("second", 1) if first else ("last", 2)
     inner = arguments.half("gate_up", gate_up.shape[axis[1]], axis[0])
-    check_array("down", down, (num_experts, width, inner) if transposed else (num_experts, inner, width), (rows.dtype,))
+    check_array("down", down, (num_experts, width, inner) if second else (num_experts, inner, width), (rows.dtype,))
     check_array("group_sizes", group_sizes, (num_experts,), (jnp.int32,))
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
     check_implementation(implementation, rows, gate_up, down, group_sizes)
     arguments.check_one_device(rows=rows, gate_up=gate_up, down=down, group_sizes=group_sizes)
-    static = (implementation, activation, transposed)
+    static = (implementation, activation, first, second)
     return _experts_jit(static, rows, gate_up, down, group_sizes)

@@ -28,6 +28,17 @@ def check_matrix(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {described(value)}")
 
 
+def check_in_place(written: str, **read: Any) -> None:
+    """Raises ValueError where a tensor that is read asks for a gradient, which nothing written in place has."""
+    if torch.is_grad_enabled():
+        for name, tensor in read.items():
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor without requires_grad, as {written} is written to, got one that "
+                    "requires grad; use torch.no_grad()"
+                )
+
+
 def renamed(error: ValueError, names: Mapping[str, str]) -> ValueError:
     """The error of a function of the bridge, the argument called what the drop-in calls it."""
     name, colon, rest = str(error).partition(":")

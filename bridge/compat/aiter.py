@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import bridge
-from bridge.compat import check_matrix, described, route_groups
+from bridge.compat import check_in_place, check_matrix, described, route_groups
 
 __all__ = ["biased_grouped_topk"]
 
@@ -44,8 +44,9 @@ def biased_grouped_topk(
     groups leaves it out where they are not); any number of experts to 1024, and of groups that divides it.
 
     Args:
-      gating_output: [T, E] bfloat16, float16 or float32, the logits; rows may be strided. T may be 0.
-      correction_bias: [E] of any of these dtypes, whatever that of the logits.
+      gating_output: [T, E] bfloat16, float16 or float32, the logits; rows may be strided. T may be 0. What is written
+        in place has no gradient: under autograd's eye logits that ask for one are refused.
+      correction_bias: [E] of any of these dtypes, whatever that of the logits. It gets no gradient.
       topk_weights: float32 [T, K] to write to; rows may be strided.
       topk_ids: int32 [T, K] to write to; K is the number of experts a token goes to. Rows may be strided.
       num_expert_group: the experts form this many contiguous groups.
@@ -76,10 +77,13 @@ def biased_grouped_topk(
         if tensor.dtype != dtype or tensor.shape != shape:
             wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
             raise ValueError(f"{name}: expected {wanted}, got {described(tensor)}")
+        if tensor.requires_grad:
+            raise ValueError(f"{name}: expected a tensor without requires_grad, got one that requires grad")
+    check_in_place("topk_weights", gating_output=gating_output)
     in_place = topk_weights.is_contiguous() and topk_ids.is_contiguous()
     routing = route_groups(
         gating_output,
-        correction_bias,
+        correction_bias.detach() if correction_bias.requires_grad else correction_bias,
         _NAMES,
         bridge.Routing(topk_weights, topk_ids, None) if in_place else None,
         top_k=shape[1],

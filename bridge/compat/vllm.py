@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import bridge
-from bridge.checks import check_no_gradient
-from bridge.compat import check_matrix, described, renamed, route_groups
+from bridge.compat import check_in_place, check_matrix, described, renamed, route_groups
 from bridge.ops.dispatch import align_blocks, permute_maps_out, unpermute_out
 from jaxmoe.dispatch import check_plan_sizes
 
@@ -177,6 +176,10 @@ def moe_align_block_size(
       ([1, 2, 3, 4, 0, 4, 4], [0, 1, 2, -1], [6])
     """
     ids = _as_int32(topk_ids)
+    try:
+        check_plan_sizes(num_experts, block_size)
+    except ValueError as error:
+        raise renamed(error, _PLAN_NAMES) from None
     if expert_map is not None:
         expert_map = _checked_map(expert_map, num_experts, "num_experts")
         if return_scatter_idx and not ignore_invalid_experts:
@@ -186,14 +189,13 @@ def moe_align_block_size(
     named = expert_map is not None and not ignore_invalid_experts
     if named and expert_map is not None:
         expert_map = expert_map.contiguous()
+    pairs = ids.numel()
+    length = pairs + num_experts * (block_size - 1)
+    if pad_sorted_ids:
+        length = -(-length // block_size) * block_size
+    if pairs < num_experts:
+        length = min(pairs * block_size, length)
     try:
-        check_plan_sizes(num_experts, block_size)
-        pairs = ids.numel()
-        length = pairs + num_experts * (block_size - 1)
-        if pad_sorted_ids:
-            length = -(-length // block_size) * block_size
-        if pairs < num_experts:
-            length = min(pairs * block_size, length)
         results = align_blocks(ids, num_experts, block_size, expert_map, named, length)
     except ValueError as error:
         raise renamed(error, _PLAN_NAMES) from None
@@ -253,7 +255,8 @@ def moe_permute(
 
     Args:
       hidden_states: [T, H] bfloat16, float16 or float32; rows may be strided. Quantised ones, of any other dtype, are
-        moved bit for bit; their rows must be multiples of 4 bytes. T may be 0.
+        moved bit for bit; their rows must be multiples of 4 bytes, and where they ask for a gradient they are refused.
+        T may be 0.
       a1q_scale: scales of the tokens. With two axes or more, [T, ...], they are permuted as the tokens are, at the end
         with repetitions of the last token's; fewer axes are one scale for all and come back as they are. None for none.
       topk_ids: [T, K], of any integer dtype; int32 is taken as it is.
@@ -267,7 +270,7 @@ def moe_permute(
       (permuted_hidden_states [T * K, H]; a1q_scale; expert_first_token_offset int64 [n_local_expert + 1], where each
       expert's rows begin and, last, how many rows they are; inv_permuted_idx int32 [T * K], the row of each pair;
       permuted_idx int32 [T * K], the flat index t * K + j of each row, T * K for a row that holds no token).
-      The first is differentiable in hidden_states.
+      The first is differentiable in hidden_states of the three dtypes.
 
     Raises:
       ValueError: names the argument, what was expected and what came.
@@ -283,12 +286,25 @@ def moe_permute(
       ([1.0, 2.0, 2.0, 1.0], [0, 2, 3, 4], [3, 0, 1, 2], [1, 2, 3, 0])
     """
     check_matrix("hidden_states", hidden_states)
+    if hidden_states.requires_grad and hidden_states.dtype not in _ROUTED and torch.is_grad_enabled():
+        got = described(hidden_states)
+        raise ValueError(
+            f"hidden_states: expected bfloat16 or float16 or float32 where it requires grad, got {got}; use "
+            "torch.no_grad()"
+        )
     ids = _as_int32(topk_ids)
     out = permuted_hidden_states
     if isinstance(out, torch.Tensor):
         if out.dtype != hidden_states.dtype:
             raise ValueError(f"permuted_hidden_states: expected {hidden_states.dtype}, got {described(out)}")
+        if out.requires_grad:  # which a view as words does not show
+            raise ValueError(
+                "permuted_hidden_states: expected a tensor without requires_grad, got one that requires grad"
+            )
         out = _as_words("permuted_hidden_states", out)
+    for name, value in (("n_expert", n_expert), ("n_local_expert", n_local_expert)):
+        if type(value) is not int:
+            raise ValueError(f"{name}: expected an int, got {value!r}")
     n_local = n_expert if n_local_expert == -1 else n_local_expert
     if not 1 <= n_local <= n_expert:
         raise ValueError(f"n_local_expert: expected -1 or 1 to n_expert={n_expert}, got {n_local_expert}")
@@ -353,6 +369,7 @@ def moe_unpermute(
       >>> out.tolist()
       [[1.5], [6.0]]
     """
+    check_matrix("out", out)  # None would be a result of its own to `combine`
     check_matrix("topk_weights", topk_weights)
     rows, index, offsets = permuted_hidden_states, inv_permuted_idx, expert_first_token_offset
     pairs = topk_weights.numel()
@@ -365,9 +382,9 @@ def moe_unpermute(
         if not isinstance(offsets, torch.Tensor) or offsets.dtype != torch.int64 or offsets.ndim != 1:
             got = described(offsets)
             raise ValueError(f"expert_first_token_offset: expected int64 [n_local_expert + 1], got {got}")
+    check_in_place("out", permuted_hidden_states=rows, topk_weights=topk_weights)
     try:
         if offsets is not None:
-            check_no_gradient(permuted_hidden_states=rows, topk_weights=topk_weights)
             index = index.reshape(topk_weights.shape).contiguous()
             unpermute_out(rows, index, topk_weights, offsets[-1:], out)
             return

@@ -29,6 +29,18 @@ def check_weight(name: str, weight: Tensor, device: torch.device) -> None:
         )
 
 
+def is_view(weight: Any) -> bool:
+    """Whether a weight is the transpose of what lies in memory."""
+    is_stack = isinstance(weight, torch.Tensor) and weight.ndim == 3
+    return is_stack and native.is_transposed(weight) and weight.mT.is_contiguous()
+
+
+def as_they_lie(*weights: Tensor) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
+    """The weights as they lie in memory, and which of them lie transposed."""
+    transposed = tuple(map(is_view, weights))
+    return tuple(w.mT if is_so else w for w, is_so in zip(weights, transposed, strict=True)), transposed
+
+
 def _check_matmul(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> None:
     check("rows", rows, ("M", "K"))
     check("weight", weight, ("E", rows.shape[1], "N"), (rows.dtype,))
@@ -50,8 +62,8 @@ def _matmul_native(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
 
 def _matmul_plain(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
     _check_matmul(rows, weight, group_sizes)
-    transposed = native.is_transposed(weight)
-    arguments = {"rows": rows, "weight": weight.mT if transposed else weight, "group_sizes": group_sizes}
+    (weight,), (transposed,) = as_they_lie(weight)
+    arguments = {"rows": rows, "weight": weight, "group_sizes": group_sizes}
     return call(jaxmoe.grouped_matmul, arguments, {"transposed": transposed})
 
 
@@ -114,19 +126,18 @@ _jax_matmul_grad = _pull(jaxmoe.grouped_matmul)
 _jax_experts_grad = _pull(jaxmoe.experts)
 
 
-def _transpose_back(gradients: Any, transposed: bool) -> Any:
+def _transpose_back(gradients: Any, transposed: tuple[bool, ...]) -> Any:
     rows, *weights = gradients
-    return rows, *(weight.mT if transposed else weight for weight in weights)
+    return rows, *(weight.mT if is_so else weight for weight, is_so in zip(weights, transposed, strict=True))
 
 
 def _matmul_backward_plain(
     grad: Tensor, rows: Tensor, weight: Tensor, group_sizes: Tensor, trained: bool
 ) -> tuple[Tensor, Tensor]:
     _, frozen = _matmul_backward_fake(grad, rows, weight, group_sizes, trained)
-    transposed = native.is_transposed(weight)
-    arrays = (rows, weight.mT if transposed else weight)
-    arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
-    drows, dweight = _transpose_back(call(_jax_matmul_grad, arguments, {"transposed": transposed}), transposed)
+    lying, transposed = as_they_lie(weight)
+    arguments = {"grad": grad, "arrays": (rows, *lying), "group_sizes": group_sizes}
+    drows, dweight = _transpose_back(call(_jax_matmul_grad, arguments, {"transposed": transposed[0]}), transposed)
     return drows, dweight if trained else frozen
 
 
@@ -165,15 +176,9 @@ def _experts_native(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Te
     return out
 
 
-def _as_arrays(rows: Tensor, gate_up: Tensor, down: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], bool]:
-    """The weights as they lie in memory, and whether that is transposed."""
-    transposed = native.is_transposed(gate_up) or native.is_transposed(down)
-    return ((rows, gate_up.mT, down.mT) if transposed else (rows, gate_up, down)), transposed
-
-
 def _experts_plain(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str) -> Tensor:
     _check_experts(rows, gate_up, down, group_sizes, activation)
-    (rows, gate_up, down), transposed = _as_arrays(rows, gate_up, down)
+    (gate_up, down), transposed = as_they_lie(gate_up, down)
     arguments = {"rows": rows, "gate_up": gate_up, "down": down, "group_sizes": group_sizes}
     return call(jaxmoe.experts, arguments, {"activation": activation, "transposed": transposed})
 
@@ -242,8 +247,8 @@ def _experts_backward_plain(
     grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Tensor, activation: str, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, *frozen = _experts_backward_fake(grad, rows, gate_up, down, group_sizes, activation, trained)
-    arrays, transposed = _as_arrays(rows, gate_up, down)
-    arguments = {"grad": grad, "arrays": arrays, "group_sizes": group_sizes}
+    lying, transposed = as_they_lie(gate_up, down)
+    arguments = {"grad": grad, "arrays": (rows, *lying), "group_sizes": group_sizes}
     options = {"activation": activation, "transposed": transposed}
     drows, *stack = _transpose_back(call(_jax_experts_grad, arguments, options), transposed)
     return drows, *(stack if trained else frozen)

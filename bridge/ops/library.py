@@ -12,9 +12,14 @@ from typing import Any
 import torch
 
 from bridge.autograd import once
-from bridge.views import made_dense
+from bridge.views import is_aligned, made_dense
 
 LIBRARY = torch.library.Library("jaxmoe", "DEF")
+
+
+def _is_turned(tensor: torch.Tensor) -> bool:
+    """Whether these are weights that lie transposed, which are read as they lie."""
+    return tensor.ndim == 3 and tensor.mT.is_contiguous() and is_aligned(tensor)
 
 
 def define(
@@ -43,7 +48,9 @@ def define(
 
     def without_gradient(*args: Any) -> Any:
         if mended:
-            args = tuple(made_dense(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+            args = tuple(
+                made_dense(arg) if isinstance(arg, torch.Tensor) and not _is_turned(arg) else arg for arg in args
+            )
         with torch.no_grad():  # autograd is above; the DLPack bridge would start a graph of its own
             return plain(*args)
 

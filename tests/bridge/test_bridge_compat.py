@@ -159,6 +159,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (A, {"expert_map": ids(T, K)}, r"expert_map: expected int32 \[num_experts\], got int32\[5, 2\]"),
     (A, {"expert_map": tensor_of(5, dtype=INT)}, "expert_map: expected at least num_experts=6 ids, got 5"),
     (A, {"expert_map": tensor_of(E)}, "expert_map: expected .* got float32"),
+    (A, {"num_experts": None, "expert_map": tensor_of(E, dtype=INT)}, "num_experts: expected an int from 1 to .* None"),
+    (A, {"num_experts": 6.0, "expert_map": tensor_of(E, dtype=INT)}, "num_experts: expected an int from 1 to .* 6.0"),
     (A, {"expert_map": tensor_of(E, dtype=INT), "return_scatter_idx": True}, "return_scatter_idx: expected False"),
     (P, {"hidden_states": tensor_of(4, H)}, r"hidden_states: expected .*\[5, H\]"),
     (P, {"hidden_states": tensor_of(T)}, "hidden_states: expected a torch.Tensor with 2 axes"),
@@ -168,6 +170,10 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (P, {"topk_ids": tensor_of(T, K)}, "topk_ids: expected integers"),
     (P, {"n_expert": 0}, "n_local_expert: expected -1 or 1 to n_expert=0"),
     (P, {"n_expert": 4096}, "n_expert: expected an int from 1 to"),
+    (P, {"n_expert": "8"}, "n_expert: expected an int, got '8'"),
+    (P, {"n_expert": 6.0, "n_local_expert": 3, "expert_map": tensor_of(E, dtype=INT)}, "n_expert: .* int, got 6.0"),
+    (P, {"n_local_expert": "2"}, "n_local_expert: expected an int, got '2'"),
+    (P, {"n_local_expert": 2.0}, "n_local_expert: expected an int, got 2.0"),
     (P, {"n_local_expert": 7}, "n_local_expert: expected -1 or 1 to n_expert=6, got 7"),
     (P, {"n_local_expert": 0}, "n_local_expert: .* got 0"),
     (P, {"expert_map": tensor_of(5, dtype=INT)}, "expert_map: expected at least n_expert=6 ids, got 5"),
@@ -184,6 +190,9 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
         {"scratch": SimpleNamespace(expert_first_token_offset=torch.zeros(4))},
         r"scratch: expected expert_first_token_offset int64 \[7\], got float32\[4\]",
     ),
+    (U, {"out": None}, "out: expected a torch.Tensor with 2 axes, got NoneType"),
+    (U, {"out": None, "expert_first_token_offset": None}, "out: expected a torch.Tensor with 2 axes, got NoneType"),
+    (U, {"out": [[0.0]]}, "out: expected a torch.Tensor with 2 axes, got list"),
     (U, {"out": tensor_of(T, 8)}, r"out: expected .*\[5, 16\]"),
     (U, {"out": tensor_of(T, H, dtype=torch.bfloat16)}, "out: expected .* got bfloat16"),
     (U, {"permuted_hidden_states": tensor_of(T * K)}, "permuted_hidden_states: expected a torch.Tensor with 2 axes"),
@@ -245,11 +254,18 @@ def test_nothing_is_written_to_out_of_a_wrong_call() -> None:
     assert (chosen == -77).all()
 
 
-def test_out_with_gradients_is_refused() -> None:
+@pytest.mark.parametrize("offsets", [True, False], ids=["offsets", "no offsets"])
+@pytest.mark.parametrize("name", ["permuted_hidden_states", "topk_weights"])
+def test_out_with_gradients_is_refused(name: str, offsets: bool) -> None:
     """vLLM would drop the gradient in silence."""
-    weights = torch.ones(T, K, requires_grad=True)
-    with pytest.raises(ValueError, match=r"^out: expected None where "):
-        vllm.moe_unpermute(**{**arguments(vllm.moe_unpermute), "topk_weights": weights})
+    given = arguments(vllm.moe_unpermute)
+    if not offsets:
+        given["expert_first_token_offset"] = None
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor without requires_grad, as out is written to"):
+        vllm.moe_unpermute(**given)
+    with torch.no_grad():
+        vllm.moe_unpermute(**given)
 
 
 class Operations(TorchDispatchMode):
@@ -298,7 +314,9 @@ WORK: list[tuple[Any, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("function", "changed", "wanted"), WORK, ids=[f"{f.__name__} {list(c)}" for f, c, _ in WORK])
-def test_torch_does_no_more_than_it_must(function: Any, changed: dict[str, Any], wanted: list[str]) -> None:
+def test_torch_does_no_more_than_it_must(
+    function: Any, changed: dict[str, Any], wanted: list[str], through_dlpack: None
+) -> None:
     """Each of these is a launch or a few on a GPU; of activations none, but the copy to `out` that a CPU needs."""
     given = {**arguments(function), **changed}
     with torch.no_grad(), Operations() as operations:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bridge import RoutingConfig, presets
+from bridge import RoutingConfig, path, presets
 from bridge.compat import aiter
 from tests.bridge.test_bridge_compat_vllm import compiled_quickly, drawn
 from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs
@@ -77,6 +77,40 @@ def test_ties_go_to_the_lower_index(tokens: int, wide: int, device: torch.device
     expected_weights, expected = call(aiter_biased_grouped_topk, ODD, logits, bias)
     assert torch.equal(ids, expected)
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
+@pytest.mark.parametrize("wide", [0, 1], ids=["whole", "columns"])
+def test_logits_with_a_gradient_are_refused(wide: int, takes_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in place has none; columns would be hooked into the graph by the copy to them."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
+    logits, bias = drawn(0, 3)(32, ODD.num_experts).float().requires_grad_(), torch.zeros(ODD.num_experts)
+    weights = torch.full((32, ODD.top_k + wide), -77.0)[:, : ODD.top_k]
+    ids = torch.full((32, ODD.top_k + wide), -77, dtype=torch.int32)[:, : ODD.top_k]
+    run = lambda weights: aiter.biased_grouped_topk(logits, bias, weights, ids, ODD.n_group, ODD.topk_group, True)
+    wanted = "^gating_output: expected a tensor without requires_grad, as topk_weights is written to"
+    with pytest.raises(ValueError, match=wanted):
+        run(weights)
+    assert not weights.requires_grad
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^topk_weights: expected a tensor without requires_grad"):
+        run(weights.detach().requires_grad_())
+    assert (weights == -77).all()
+    assert (ids == -77).all()
+    with torch.no_grad():
+        run(weights)
+    assert not weights.requires_grad
+    assert (ids >= 0).all()
+
+
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
+@pytest.mark.parametrize("wide", [0, 1], ids=["whole", "columns"])
+def test_a_bias_that_is_a_parameter(wide: int, takes_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets no gradient, wherever the results go."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
+    logits, bias = drawn(0, 3)(32, ODD.num_experts).float(), torch.zeros(ODD.num_experts)
+    wanted = call(aiter.biased_grouped_topk, ODD, logits, bias, wide)
+    got = call(aiter.biased_grouped_topk, ODD, logits, torch.nn.Parameter(bias), wide)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, wanted, strict=True))
 
 
 def test_columns_of_wider_logits(device: torch.device) -> None:

@@ -268,6 +268,24 @@ def test_quantised_rows_move_bit_for_bit(dtype: torch.dtype, given: bool, stride
     assert torch.equal(rows.view(torch.uint8), stored[index.long() // 3, 64:])
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["result", "out"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_no_gradient_of_what_moves_bit_for_bit(dtype: torch.dtype, given: bool, device: torch.device) -> None:
+    """It would be lost in silence; the values are moved where nobody asks for one."""
+    x = numbers(21, 16, device=device).to(dtype).requires_grad_()
+    ids = drawn(0, 9)(21, 2).to(device, torch.int32)
+    out = torch.zeros(42, 16, dtype=dtype, device=device) if given else None
+    with pytest.raises(ValueError, match=r"^hidden_states: expected bfloat16.* where it requires grad, got .*64\[21"):
+        vllm.moe_permute(x, None, ids, 9, permuted_hidden_states=out)
+    assert out is None or not out.any()
+    with torch.no_grad():
+        rows, _, _, _, index = vllm.moe_permute(x, None, ids, 9, permuted_hidden_states=out)
+    assert out is None or rows is out
+    assert torch.equal(rows, x.detach()[index.long() // 2])
+    with pytest.raises(ValueError, match=r"^permuted_hidden_states: expected a tensor without requires_grad"):
+        vllm.moe_permute(x.detach(), None, ids, 9, permuted_hidden_states=torch.zeros_like(rows).requires_grad_())
+
+
 def test_scales(device: torch.device) -> None:
     """Scales of tokens go with them, whatever their layout; one scale for all comes back itself."""
     case = MAPPED[1]

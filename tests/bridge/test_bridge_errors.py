@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bridge
+from bridge import path
 from tests.bridge.calls import CONFIG, WITH_OUT, arguments, leaves, numbers, options, tensors
 
 CPU = torch.device("cpu")
@@ -29,6 +30,11 @@ def plan(**changed: Any) -> bridge.DispatchPlan:
 
 def params(**changed: Any) -> bridge.MoEParams:
     return tensors(arguments("moe")["params"], CPU)._replace(**changed)
+
+
+def views(**changed: Any) -> bridge.MoEParams:
+    """gate_up as Hugging Face keeps it."""
+    return params(gate_up=params().gate_up.mT.contiguous().mT)._replace(**changed)
 
 
 WRONG = {
@@ -94,17 +100,36 @@ WRONG = {
         lambda: {"num_valid_tokens": torch.tensor(3)},
         "num_valid_tokens: .* got int64; nothing is",
     ),
-    "valid numpy int64": (
+    "too many valid, numpy": (
         "route",
-        lambda: {"num_valid_tokens": np.int64(3)},
-        "num_valid_tokens: expected a torch.Tensor, got int64",
+        lambda: {"num_valid_tokens": np.int32(99)},
+        "num_valid_tokens: expected 0 to T=5, got 99",
+    ),
+    "fewer than none valid, numpy": (
+        "route",
+        lambda: {"num_valid_tokens": np.int64(-1)},
+        "num_valid_tokens: expected 0 to T=5, got -1",
+    ),
+    "valid float": (
+        "route",
+        lambda: {"num_valid_tokens": 2.0},
+        "num_valid_tokens: expected an int or an int32 tensor, got float",
     ),
     "valid rank": (
         "route",
         lambda: {"num_valid_tokens": ints(3)},
         r"num_valid_tokens: expected int32 \[\], got int32\[1\]",
     ),
-    "valid bool": ("route", lambda: {"num_valid_tokens": True}, "num_valid_tokens: expected a torch.Tensor, got bool"),
+    "valid bool": (
+        "route",
+        lambda: {"num_valid_tokens": True},
+        "num_valid_tokens: expected an int or an int32 tensor, got bool",
+    ),
+    "valid numpy bool": (
+        "route",
+        lambda: {"num_valid_tokens": np.bool_(True)},
+        "num_valid_tokens: expected an int or an int32 tensor, got bool",
+    ),
     "implementation": (
         "route",
         lambda: {"implementation": "cuda"},
@@ -146,6 +171,41 @@ WRONG = {
         "gate_up: expected bfloat16 .* got float32",
     ),
     "activation": ("experts", lambda: {"activation": "relu"}, "activation: expected one of .*, got 'relu'"),
+    "no name of an activation": (
+        "experts",
+        lambda: {"activation": ["silu"]},
+        r"activation: expected one of .*, got \['silu'\]",
+    ),
+    "too many valid in a layer, numpy": (
+        "moe",
+        lambda: {"num_valid_tokens": np.int32(99)},
+        "num_valid_tokens: expected 0 to T=5, got 99",
+    ),
+    "views, rows": (
+        "moe",
+        lambda: {"params": views(), "x": torch.zeros(5, 31)},
+        r"params.router: expected .*\[8, 31\], got float32\[8, 32\]",
+    ),
+    "views, params.down": (
+        "moe",
+        lambda: {"params": views(down=torch.zeros(9, 32, 15).mT)},
+        r"params.down: expected .*\[9, 16, 32\], got float32\[9, 15, 32\]",
+    ),
+    "views, params.down of other strides": (
+        "moe",
+        lambda: {"params": views(down=torch.zeros(9, 16, 64)[:, :, ::2])},
+        "params.down: expected a contiguous tensor or the transpose of one",
+    ),
+    "views, params.gate_up unaligned": (
+        "moe",
+        lambda: {"params": views(gate_up=torch.zeros(9 * 32 * 32 + 1)[1:].view(9, 32, 32).mT)},
+        "params.gate_up: expected an address that is a multiple of 64 bytes",
+    ),
+    "views, config": (
+        "moe",
+        lambda: {"params": views(), "config": {}},
+        "config: expected a RoutingConfig, got dict",
+    ),
     "params type": ("moe", lambda: {"params": {}}, "params: expected MoEParams, got dict"),
     "params.down": (
         "moe",
@@ -243,22 +303,42 @@ def test_wrong_out(name: str, kind: str) -> None:
         (list, r"out: expected a Routing or tuple .*, got list"),
         (
             lambda out: (*out[:2], None),
-            r"out: expected a Routing or tuple \(weights, experts, load\), got a tuple of 3",
+            "out.load: expected a torch.Tensor, or None with return_load=False, got NoneType",
         ),
+        (lambda out: (None, *out[1:]), "out.weights: expected a torch.Tensor, got NoneType"),
+        (lambda out: torch.empty(3), r"out: expected a Routing or tuple \(weights, experts, load\), got Tensor"),
         (lambda out: (out[0], out[1].float(), out[2]), r"out.experts: expected int32 .* got float32"),
         (
             lambda out: (out[0], out[0].view(torch.int32), out[2]),
             "out.experts: expected memory of its own, .* out.weights",
         ),
     ],
-    ids=["two", "list", "no load", "dtype", "same memory"],
+    ids=["two", "list", "no load", "no weights", "a tensor", "dtype", "same memory"],
 )
-def test_wrong_out_of_route(change: Any, message: str) -> None:
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
+def test_wrong_out_of_route(change: Any, message: str, takes_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All three are checked before one is written."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
     out = good_out("route")
     with pytest.raises(ValueError, match="^" + message):
         call("route", out=change(out))
     assert all(bool((tensor == -77).all()) for tensor in out)
+
+
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
+def test_out_with_a_load_that_is_not_returned(takes_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
+    out = good_out("route")
+    with pytest.raises(ValueError, match=r"^out.load: expected None with return_load=False, got Tensor"):
+        call("route", out=out, return_load=False)
+    with pytest.raises(ValueError, match=r"^out: expected .* \(weights, experts, None\), got a tuple of 2"):
+        call("route", out=out[:2], return_load=False)
+    assert all(bool((tensor == -77).all()) for tensor in out)
+
+
+def test_no_name_of_an_activation_with_gradients() -> None:
+    with pytest.raises(ValueError, match=r"^activation: expected a hashable value, got list"):
+        call("experts", rows=torch.zeros(15, 32, requires_grad=True), activation=["silu"])
 
 
 def test_out_overlaps_an_input() -> None:
@@ -278,9 +358,13 @@ def test_out_between_columns_is_refused() -> None:
         call("dispatch", x=memory[:, :32], out=memory.view(15, 32))
 
 
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
 @pytest.mark.parametrize(("name", "argument"), [("route", "logits"), ("dispatch", "x"), ("combine", "weights")])
-def test_out_where_gradients_are_wanted(name: str, argument: str) -> None:
+def test_out_where_gradients_are_wanted(
+    name: str, argument: str, takes_ops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch itself refuses it: `out` has no history."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
     given, out = tensors(arguments(name), CPU), good_out(name)
     given[argument].requires_grad_()
     with pytest.raises(ValueError, match=f"^out: expected None where {argument} requires grad"):

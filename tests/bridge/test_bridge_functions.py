@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bridge
 import jaxmoe
+from bridge import path
 from tests.bridge.calls import CONFIG, FUNCTIONS, WITH_OUT, arguments, arrays, leaves, numbers, options, same, tensors
 
 
@@ -93,15 +94,94 @@ def test_routing_at_last_token(device: torch.device) -> None:
     """num_valid_tokens as an int and as a scalar in device memory mean the same as in jaxmoe."""
     logits = numbers(5, 8)
     wanted = jaxmoe.route(arrays(logits), config=CONFIG, num_valid_tokens=3)
-    for count in (3, torch.tensor(3, dtype=torch.int32, device=device)):
+    for count in (3, np.int32(3), np.int64(3), np.uint8(3), torch.tensor(3, dtype=torch.int32, device=device)):
         routing = bridge.route(tensors(logits, device), config=CONFIG, num_valid_tokens=count)
         assert isinstance(routing, bridge.Routing)
         for tensor, array in zip(routing, wanted, strict=True):
             same(tensor, array)
     x, params = tensors(numbers(5, 32), device), tensors(arguments("moe")["params"], device)
-    y, routing = bridge.moe(x, params, CONFIG, num_valid_tokens=3)
-    assert not y[3:].any()
-    assert (routing.experts[3:] == -1).all()
+    for count in (3, np.int64(3)):
+        y, routing = bridge.moe(x, params, CONFIG, num_valid_tokens=count)
+        assert not y[3:].any()
+        assert (routing.experts[3:] == -1).all()
+
+
+@pytest.mark.parametrize("number", [np.int32(3), np.int64(3), np.uint8(3)], ids=lambda n: type(n).__name__)
+def test_numpy_integers_through_the_ops(number: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: counted, and in range."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    logits = torch.tensor(numbers(5, 8))
+    wanted = bridge.route(logits, config=CONFIG, num_valid_tokens=3)
+    for a, b in zip(bridge.route(logits, config=CONFIG, num_valid_tokens=number), wanted, strict=True):
+        assert torch.equal(a, b)
+    for wrong in (number + 3, np.int16(-1)):
+        with pytest.raises(ValueError, match=f"^num_valid_tokens: expected 0 to T=5, got {wrong}"):
+            bridge.route(logits, config=CONFIG, num_valid_tokens=wrong)
+
+
+VIEWS = [(True, False), (False, True), (True, True)]
+NAMES = lambda views: "+".join(name for name, is_view in zip(("gate_up", "down"), views, strict=True) if is_view)
+
+
+def laid(weights: tuple[torch.Tensor, ...], views: tuple[bool, ...]) -> list[torch.Tensor]:
+    """The same weights, some of them transposed views of what lies as Hugging Face keeps it; leaves of autograd."""
+    lying = [w.mT.contiguous().mT if is_view else w.clone() for w, is_view in zip(weights, views, strict=True)]
+    return [weight.detach().requires_grad_() for weight in lying]
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=NAMES)
+@pytest.mark.parametrize("inner", [16, 1], ids=lambda n: f"I{n}")
+@pytest.mark.parametrize("through", ["DLPack", "ops"])
+def test_transposed_views(inner: int, views: tuple[bool, bool], through: str, device: torch.device) -> None:
+    """Either weight may be one, also where one column makes a transpose contiguous: results and gradients are equal."""
+    given = tensors(arguments("experts"), device)
+    gate, up = given["gate_up"].chunk(2, dim=2)
+    weights = torch.cat([gate[:, :, :inner], up[:, :, :inner]], dim=2), given["down"][:, :inner].contiguous()
+    run = bridge.experts if through == "DLPack" else lambda *args: torch.ops.jaxmoe.experts(*args, "silu")
+    found = []
+    for how in ((False, False), views):
+        leaves = [given["rows"].clone().requires_grad_(), *laid(weights, how)]
+        y = run(*leaves, given["group_sizes"])
+        with torch.no_grad():
+            torch.testing.assert_close(run(*leaves, given["group_sizes"]), y.detach())
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        assert all(gradient.any() for gradient in found[-1])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=NAMES)
+def test_addresses_of_transposed_views(
+    views: tuple[bool, bool], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read where they lie."""
+    given = tensors(arguments("experts"), device)
+    given["gate_up"], given["down"] = (w.detach() for w in laid((given["gate_up"], given["down"]), views))
+    spy = Spy(monkeypatch, "experts")
+    bridge.experts(**given)
+    assert sorted(spy.going_in) == sorted(tensor.data_ptr() for tensor in given.values())
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=NAMES)
+@pytest.mark.parametrize("valid", [None, 3], ids=str)
+def test_layer_of_transposed_views(views: tuple[bool, bool], valid: int | None, device: torch.device) -> None:
+    """The layer takes them as the experts do, and gives what it gives otherwise."""
+    given = tensors(arguments("moe"), device)
+    params = given["params"]
+    found = []
+    for how in ((False, False), views):
+        x, router = (tensor.clone().requires_grad_() for tensor in (given["x"], params.router))
+        stack = laid((params.gate_up, params.down), how)
+        layer = bridge.MoEParams(router, *stack, params.bias)
+        with torch.no_grad():
+            evaluated = leaves(bridge.moe(x, layer, CONFIG, num_valid_tokens=valid))
+        y, routing = bridge.moe(x, layer, CONFIG, num_valid_tokens=valid)
+        assert isinstance(routing, bridge.Routing)
+        torch.testing.assert_close(evaluated, [t.detach() for t in (y, *routing)], rtol=2e-6, atol=1e-6)
+        gradients = torch.autograd.grad(y.square().sum(), [x, router, *stack])
+        assert all(gradient.any() for gradient in gradients)
+        found.append([*evaluated, *gradients])
+    assert not found[1][0][5 if valid is None else valid :].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_without_load(device: torch.device) -> None:

@@ -270,7 +270,11 @@ ARGS = inputs((4, 5))
         ({2: ARGS[2].astype(BF16)}, {}, r"down: expected float32 .*, got bfloat16"),
         ({3: ARGS[3][1:]}, {}, r"group_sizes: expected int32 \[2\], got int32\[1\]"),
         ({}, {"activation": "relu"}, r"activation: expected one of .*, got 'relu'"),
+        ({}, {"activation": ["silu"]}, r"activation: expected one of .*, got \['silu'\]"),
         ({}, {"transposed": 0}, r"transposed: expected a bool, got 0"),
+        ({}, {"transposed": (True, 0)}, r"transposed: expected a bool for gate_up and one for down, got \(True, 0\)"),
+        ({}, {"transposed": (True,)}, r"transposed: expected a bool for gate_up and one for down, got \(True,\)"),
+        ({}, {"transposed": (False, True)}, r"down: expected float32 \[2, 10, 6\], got float32\[2, 6, 10\]"),
         ({}, {"implementation": "no"}, r"implementation: expected None or one of"),
     ],
 )
