@@ -44,7 +44,7 @@ CALLS: dict[str, tuple[Callable[[], Any], list[tuple[str, ...]]]] = {
     ),
     "load": (
         lambda: count_load(jnp.maximum(IDS, 0), jnp.zeros(9, jnp.int32), interpret=True),
-        [("num_items", "steps")],
+        [("num_items",)],
     ),
     "route": (
         lambda: route(normal(2, 5, 12), None, 3, rule=RULE, interpret=True),
