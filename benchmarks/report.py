@@ -17,7 +17,6 @@ SHOWN = (
     "route kimi-k2",
     "route deepseek-v2",
     "route qwen3-next",
-    "route + load deepseek-v3",
     "router logits",
     "plan + dispatch",
     "permute, vLLM's form",
