@@ -158,12 +158,17 @@ def check_tensor(name: str, value: Any) -> None:
     except TypeError:  # a dtype that numpy does not know
         kept = False
     if not kept:
-        raise ValueError(f"{name}: expected a dtype that JAX keeps as it is, got {dtype}; nothing is cast here")
+        instead = f", pass {name}.int()" if dtype == "int64" else ""
+        raise ValueError(
+            f"{name}: expected a dtype that JAX keeps as it is, got {dtype}; nothing is cast here{instead}"
+        )
 
 
 def import_tensor(name: str, tensor: torch.Tensor, wanted: str = "a contiguous tensor") -> jax.Array:
     """The view of a checked tensor."""
-    if not tensor.is_contiguous() or tensor.is_neg():
+    if tensor.is_neg():
+        raise ValueError(f"{name}: expected {wanted}, got a view that negates another; pass {name}.resolve_neg()")
+    if not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected {wanted}, got strides {tensor.stride()} for {list(tensor.shape)}; "
             f"pass {name}.contiguous()"

@@ -64,7 +64,10 @@ def test_array_lies_where_the_tensor_does(device: torch.device) -> None:
 
 
 REFUSED_TENSORS = {
-    "int64": (lambda: torch.arange(3), "expected a dtype that JAX keeps as it is, got int64"),
+    "int64": (
+        lambda: torch.arange(3),
+        r"expected a dtype that JAX keeps as it is, got int64; nothing is cast here, pass tensor.int\(\)",
+    ),
     "float64": (lambda: torch.zeros(3, dtype=torch.float64), "expected a dtype that JAX keeps as it is, got float64"),
     "float8": (lambda: torch.zeros(3).to(torch.float8_e4m3fn), "expected a dtype that JAX keeps as it is, got float8"),
     "complex32": (
@@ -74,7 +77,10 @@ REFUSED_TENSORS = {
     "transposed": (lambda: torch.zeros(2, 3).T, r"expected a contiguous tensor, got strides \(1, 3\)"),
     "expanded": (lambda: torch.zeros(1, 3).expand(2, 3), r"expected a contiguous tensor, got strides \(0, 1\)"),
     "columns": (lambda: torch.zeros(4, 64)[:, :16], r"expected a contiguous tensor, got strides \(64, 1\)"),
-    "negated": (lambda: torch.zeros(1, dtype=torch.complex64).conj().imag, "expected a contiguous tensor"),
+    "negated": (
+        lambda: torch.zeros(1, dtype=torch.complex64).conj().imag,
+        r"expected a contiguous tensor, got a view that negates another; pass tensor.resolve_neg\(\)",
+    ),
     "unaligned": (
         lambda: torch.zeros(64)[1:],
         "expected an address that is a multiple of 64 bytes, got 0x.*; pass tensor.clone",
