@@ -126,6 +126,9 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     """`moe` through the ops."""
     _check(x, params, config)
     valid, number = check_count(num_valid_tokens, "x", x)
-    arguments = x, params.router, params.bias, params.gate_up, params.down, valid, number, config.json
+    bias = params.bias
+    if bias is not None and bias.requires_grad:  # it gets no gradient, and nothing is kept for one
+        bias = bias.detach()
+    arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json
     y, *routing = path.at_once(ops.moe, *arguments)
     return y, Routing(*routing)

@@ -88,6 +88,8 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
         raise ValueError(f"return_load: expected a bool, got {return_load!r}")
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise ValueError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
+    if bias is not None and bias.requires_grad:  # as engines keep it, in a Parameter: it gets no gradient
+        bias = bias.detach()
     valid, number = check_count(num_valid, "logits", logits)
     if out is None and logits.ndim == 2 and path.is_eager(logits, bias, valid):
         sizes = logits.shape[0], config.num_slots

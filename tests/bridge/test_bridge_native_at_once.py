@@ -256,17 +256,30 @@ def test_where_a_graph_is_kept_the_other_op_runs(called: list[str], monkeypatch:
     asking = logits.clone().requires_grad_()
     bridge.route(asking, bias, config=CONFIG).weights.sum().backward()
     assert asking.grad is not None
-    bridge.route(logits, bias.clone().requires_grad_(), config=CONFIG)  # it gets none
     with monkeypatch.context() as patch:  # tangents are carried along
         patch.setattr(torch.autograd.forward_ad, "_current_level", 0)
         bridge.route(logits, bias, config=CONFIG)
-    assert called == ["route"] * 3
+    assert called == ["route"] * 2
     with torch.no_grad():
         bridge.route(asking, bias, config=CONFIG)
-    assert called[3:] == ["route_out"]
+    assert called[2:] == ["route_out"]
+    parameter = torch.nn.Parameter(bias)  # as vLLM keeps it: it gets no gradient
+    routing = bridge.route(logits, parameter, config=CONFIG)
+    assert not routing.weights.requires_grad
+    bridge.route(logits, parameter, config=CONFIG, out=routing)
+    assert called[3:] == ["route_out"] * 2
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     bridge.route(logits, bias, config=CONFIG)
-    assert called[4:] == ["route"]
+    assert called[5:] == ["route"]
+
+
+def test_a_layer_whose_bias_is_a_parameter(called: list[str]) -> None:
+    """It gets no gradient, so nothing is kept for one."""
+    make = lambda *sides: torch.randn(*sides)
+    params = bridge.MoEParams(make(16, 8), make(16, 8, 12), make(16, 6, 8), torch.nn.Parameter(make(16)))
+    y, routing = bridge.moe(make(5, 8), params, CONFIG)
+    assert not y.requires_grad
+    assert not routing.weights.requires_grad
 
 
 def test_what_is_wrong_is_said_of_the_arguments(called: list[str]) -> None:
