@@ -97,6 +97,9 @@ def run(
     return jax.tree.unflatten(results_structure, results)
 
 
+FIRST_ALONE = "jaxmoe: expected a first derivative; through torch a gradient has none itself"
+
+
 class _Gradients(torch.autograd.Function):
     """Hands gradients on, and says so where one asks for theirs."""
 
@@ -106,7 +109,13 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("jaxmoe: expected a first derivative; through torch a gradient has none itself")
+        raise RuntimeError(FIRST_ALONE)
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for several at once."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +130,8 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():  # no create_graph
             return results
+        if any(isinstance(gradient, torch.Tensor) and is_batched(gradient) for gradient in gradients):
+            raise RuntimeError(FIRST_ALONE)  # is_grads_batched: these cannot be marked
         several = results if isinstance(results, tuple) else (results,)
         tensors = [result for result in several if isinstance(result, torch.Tensor)]
         marked = iter(_Gradients.apply(*(tensor.detach().requires_grad_() for tensor in tensors)))

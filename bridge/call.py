@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from bridge import autograd, path
 from bridge.views import ALIGNMENT, check_tensor, export_array, import_leaf, import_tensor, is_aligned
@@ -43,8 +42,7 @@ def call(
     named, structure = _named(arguments)
     outs, out_structure = _named({} if out is None else {"out": out})
     device = _check(named + outs)
-    if forward_ad._current_level >= 0:
-        path.check_no_tangent(*(value for _, value in named if isinstance(value, torch.Tensor)))
+    path.check_no_tangents(**dict(named))
     if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a call through DLPack cannot be captured in a CUDA graph")
     with _jax_device(device):  # or what is made of shapes alone, as with no tokens, would lie on JAX's first device

@@ -120,6 +120,7 @@ def dispatch(
             return path.at_once(ops.dispatch, x, plan.rows, plan.slots)
         _check_tensor("out", out)
         check_no_gradient(x=x)  # here, where torch.compile sees it
+        path.check_no_tangents(x=x)
         ops.dispatch_out(x, plan.rows, plan.slots, out)
         return out
     arguments = {"x": x, "plan": _jax_plan(plan)}
@@ -164,6 +165,7 @@ def combine(
             return path.at_once(ops.combine, rows, plan.rows, plan.slots, weights)
         _check_tensor("out", out)
         check_no_gradient(rows=rows, weights=weights)  # here, where torch.compile sees it
+        path.check_no_tangents(rows=rows, weights=weights)
         ops.combine_out(rows, plan.rows, plan.slots, weights, out)
         return out
     arguments = {"rows": rows, "plan": _jax_plan(plan), "weights": weights}

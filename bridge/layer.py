@@ -127,7 +127,9 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     _check(x, params, config)
     valid, number = check_count(num_valid_tokens, "x", x)
     bias = params.bias
-    if bias is not None and bias.requires_grad:  # it gets no gradient, and nothing is kept for one
+    if (
+        bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    ):  # it gets no gradient, and nothing is kept for one
         bias = bias.detach()
     arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json
     y, *routing = path.at_once(ops.moe, *arguments)

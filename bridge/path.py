@@ -43,16 +43,19 @@ def at_once(op: Callable[..., Any], *args: Any) -> Any:
         with _below_autograd():
             return op(*args)
     if forward_ad._current_level >= 0:
-        check_no_tangent(*tensors)
+        names = (argument.name for argument in op._schema.arguments)  # type: ignore[attr-defined]
+        check_no_tangents(**dict(zip(names, args, strict=False)))
     return op(*args)
 
 
-def check_no_tangent(*tensors: torch.Tensor) -> None:
-    """Raises ValueError where one has a tangent of forward-mode differentiation, which would be lost."""
-    for tensor in tensors:
-        if forward_ad.unpack_dual(tensor).tangent is not None:
+def check_no_tangents(**values: Any) -> None:
+    """Raises ValueError where a tensor has a tangent of forward-mode differentiation, which would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise ValueError(
-                f"expected tensors without tangents, got {list(tensor.shape)} with one: there is no forward-mode "
+                f"{name}: expected a tensor without a tangent, got one that has it: there is no forward-mode "
                 "derivative (torch.autograd.forward_ad, torch.func.jvp)"
             )
 
@@ -81,9 +84,7 @@ def _is_watched() -> bool:
     return (
         _transform() is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or torch._C._len_torch_dispatch_stack() > 0  # of modes: fake tensors, make_fx, a user's own
     )
 
 
@@ -121,7 +122,8 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
         kind = type(tensor)
         if kind not in _PLAIN:
             return isinstance(tensor, torch.Tensor)
-        return runs_natively(tensor) or _is_watched()
+        # Ops on a GPU that the kernels do not run on are refused: what watches does not see what JAX does there.
+        return runs_natively(tensor) or (not tensor.is_cuda and _is_watched())
     if implementation != "native":
         return False
     if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:

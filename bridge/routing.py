@@ -88,7 +88,9 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
         raise ValueError(f"return_load: expected a bool, got {return_load!r}")
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise ValueError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
-    if bias is not None and bias.requires_grad:  # as engines keep it, in a Parameter: it gets no gradient
+    if (
+        bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    ):  # as engines keep it, in a Parameter: it gets no gradient
         bias = bias.detach()
     valid, number = check_count(num_valid, "logits", logits)
     if out is None and logits.ndim == 2 and path.is_eager(logits, bias, valid):
@@ -97,6 +99,7 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
         load = logits.new_empty(config.num_expert_ids, dtype=torch.int32) if return_load else None
         ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
         return Routing(weights, experts, load)
+    path.check_no_tangents(logits=logits)
     if out is None:
         weights, experts, load = ops.route(logits, bias, valid, number, config.json, return_load)
         return Routing(weights, experts, load if return_load else None)

@@ -210,9 +210,10 @@ def import_laid(name: str, tensor: torch.Tensor, layout: Layout) -> Any:
         return import_tensor(name, made_dense(tensor))
     stride, first, width = layout
     if tensor.stride() == (stride, 1) and not tensor.is_neg():
-        found = import_rows(name, tensor)
-        if layout_of(found) == layout:
-            return found
+        with contextlib.suppress(ValueError):  # the same strides, but in a storage that ends with the last row
+            found = import_rows(name, tensor)
+            if layout_of(found) == layout:
+                return found
     rows = tensor.new_empty(tensor.shape[0], stride)
     rows[:, first : first + width] = tensor
     return Columns(_import(rows), first, width)

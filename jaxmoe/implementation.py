@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,19 +82,19 @@ def alike(*args: Any) -> tuple[Any, ...]:
     return _varying(args, _axes(args))
 
 
-def _explicit_axes(args: Any) -> tuple[str, ...]:
+def _explicit_axes(names: Sequence[str], args: Sequence[Any]) -> tuple[str, ...]:
     """The axes of the mesh in use over which types say how arrays are sharded; raises ValueError where one is."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit)
     if axes:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(zip(names, args, strict=True))):
             spec = jax.typeof(leaf).sharding.spec
             if any(part is not None for part in spec):
-                where = jax.tree_util.keystr(path[1:], simple=True, separator=".")
                 raise ValueError(
-                    f"argument {path[0].idx}{'.' * bool(where)}{where}: expected an array that is not sharded over the "
-                    f"mesh's explicit axes {axes}, got {spec}; call this under jax.shard_map, or jax.sharding.auto_axes"
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: expected an array that is not sharded "
+                    f"over the mesh's explicit axes {axes}, got {spec}; call this under jax.shard_map, or "
+                    "jax.sharding.auto_axes"
                 )
     return axes
 
@@ -104,11 +105,13 @@ def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callabl
     It is kept though XLA's implementation does not read it: what is donated must reach the computation. Neither Pallas
     nor ragged_dot knows shardings that types carry, so what all devices have is computed as if they did not.
     """
+    named = list(inspect.signature(function).parameters)[1:]
 
     @functools.wraps(function)
     def entry(static: Any, *args: Any) -> Any:
+        names = named if len(named) == len(args) else [f"argument {i}" for i in range(len(args))]
         run = lambda *args: function(static, *alike(*args))
-        if axes := _explicit_axes(args):
+        if axes := _explicit_axes(names, args):
             run = jax.sharding.auto_axes(run, axes=axes, out_sharding=jax.sharding.PartitionSpec())
         return run(*args)
 

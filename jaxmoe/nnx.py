@@ -142,6 +142,8 @@ class MoE(nnx.Module):
         _check_bool("track_load", track_load)
         check_dtype("dtype", dtype)
         check_dtype("param_dtype", param_dtype)
+        if param_dtype is None:
+            raise ValueError("param_dtype: expected bfloat16, float16 or float32, got None")
         check_implementation(implementation)
         if config.shared_expert_replicas != 1:  # each would be trained on its own
             raise ValueError(f"config.shared_expert_replicas: expected 1, got {config.shared_expert_replicas}")

@@ -43,10 +43,14 @@ def _kernel(
 
     parts = max(config.pairs // max(next_power_of_2(num_ids), 32 * config.num_warps), 1)
     counts = histogram(ids, config.pairs, num_ids, config.num_warps, assembly, parts=parts)
+    bins = next_power_of_2(num_ids)
+    if counts.shape[0] >= 4 * bins:  # many more threads than ids: zeros that would all be added to the same few places
+        counts = jnp.sum(counts.reshape(-1, bins), axis=0, dtype=jnp.int32)
     # Lanes past the last id add nothing, each elsewhere: additions to one place wait for one another.
     add_at(load_ref, jax.lax.rem(iota(counts.shape, 0), np.int32(num_ids)), counts)
 
 
+@remembered
 def grid_for(num_items: int, config: Config) -> tuple[int]:
     """The programs of the launch."""
     return (pl.cdiv(num_items, config.pairs),)

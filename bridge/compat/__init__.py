@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import bridge
+from bridge import path
 
 
 def described(value: Any) -> str:
@@ -29,7 +30,8 @@ def check_matrix(name: str, value: Any) -> None:
 
 
 def check_in_place(written: str, **read: Any) -> None:
-    """Raises ValueError where a tensor that is read asks for a gradient, which nothing written in place has."""
+    """Raises ValueError where a tensor that is read asks for a derivative, which nothing written in place has."""
+    path.check_no_tangents(**read)
     if torch.is_grad_enabled():
         for name, tensor in read.items():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:

@@ -83,7 +83,7 @@ def biased_grouped_topk(
     in_place = topk_weights.is_contiguous() and topk_ids.is_contiguous()
     routing = route_groups(
         gating_output,
-        correction_bias.detach() if correction_bias.requires_grad else correction_bias,
+        correction_bias,
         _NAMES,
         bridge.Routing(topk_weights, topk_ids, None) if in_place else None,
         top_k=shape[1],

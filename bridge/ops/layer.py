@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bridge import path
 from bridge.native.routing import config_of
 from bridge.ops.dispatch import plan_dispatch
 from bridge.ops.library import LIBRARY
@@ -23,6 +24,7 @@ def weighted(
     down: Tensor,
 ) -> Tensor:
     """dispatch, experts and combine: [T, H] of x [T, H], a plan's (rows, slots, group_sizes) and weights [T, S]."""
+    path.check_no_tangents(x=x, weights=weights, gate_up=gate_up, down=down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
     return weighted_experts(x, *plan, weights, gate_up, down, keep)[0]
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import torch
 
+from bridge.autograd import is_batched
 from bridge.call import call
 from bridge.checks import INT32, check, check_layout, row_stride
 from bridge.native import dispatch as moves
@@ -125,12 +126,7 @@ def _is_last(kept: Tensor, grad: Tensor) -> bool:
     """
     if not kept.is_cuda or type(kept) is not Tensor or torch.compiler.is_compiling():
         return False
-    return not _keeps_graph() and not _is_batched(grad)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return not _keeps_graph() and not is_batched(grad)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bridge
 from bridge import path
+from bridge.compat import vllm
+from bridge.ops.layer import weighted
 
 CONFIG = bridge.RoutingConfig(num_experts=8, top_k=2)
 
@@ -80,7 +82,15 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     return flat[1:].view(tensor.shape)
 
 
-@pytest.mark.parametrize("pack", [elsewhere, unaligned, torch.clone], ids=["elsewhere", "unaligned", "dense"])
+def in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """With the same strides, in a storage that ends with the last element."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
+PACKED = [elsewhere, unaligned, in_place, torch.clone]
+
+
+@pytest.mark.parametrize("pack", PACKED, ids=["elsewhere", "unaligned", "the same strides", "dense"])
 def test_saved_tensors_may_move(pack: Callable[[torch.Tensor], torch.Tensor], way: str) -> None:
     """As offloading hooks move them: strided inputs come back dense, dense ones at any address."""
     wide, seed = numbers(5, 96, seed=5).requires_grad_(), numbers(5, 8, seed=6)
@@ -132,14 +142,47 @@ def test_nothing_is_baked_in() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
 def test_tangents_are_refused(way: str) -> None:
     """There is no forward-mode derivative, and none is zero."""
+    refused = lambda name: pytest.raises(
+        ValueError, match=rf"^{name}: expected a tensor without a tangent, got one that"
+    )
     with forward_ad.dual_level():
-        weights = forward_ad.make_dual(torch.ones(5, 2), torch.ones(5, 2))
-        rows = bridge.dispatch(X, PLAN)
-        with pytest.raises(ValueError, match=r"^expected tensors without tangents, got \[5, 2\] with one"):
-            bridge.combine(rows, PLAN, weights)
+        dual = lambda *shape: forward_ad.make_dual(torch.ones(shape), torch.ones(shape))
+        rows, out = bridge.dispatch(X, PLAN), torch.empty(5, 32)
+        with refused("weights"):
+            bridge.combine(rows, PLAN, dual(5, 2))
+        with refused("weights"):
+            bridge.combine(rows, PLAN, dual(5, 2), out=out)
+        with refused("x"):
+            bridge.dispatch(dual(5, 32), PLAN, out=torch.empty(10, 32))
+        for routing in (None, bridge.Routing(torch.empty(5, 2), torch.empty(5, 2, dtype=torch.int32), None)):
+            with refused("logits"):
+                bridge.route(dual(5, 8), config=CONFIG, return_load=False, out=routing)
+        with refused("x"):
+            weighted(dual(5, 32), PLAN, torch.ones(5, 2), torch.ones(8, 32, 12), torch.ones(8, 6, 32))
+        with refused("permuted_hidden_states"):
+            vllm.moe_unpermute(out, dual(10, 32), torch.ones(5, 2), PLAN.rows.flatten())
         assert bridge.combine(rows, PLAN, torch.ones(5, 2)).shape == (5, 32), "nothing with a tangent goes in"
-    with pytest.raises(ValueError, match="without tangents"):
-        torch.func.jvp(lambda x: bridge.router_logits(x, ROUTER), (X,), (X,))
+    for name, run in (
+        ("x", lambda x: bridge.router_logits(x, ROUTER)),
+        ("logits", lambda x: bridge.route(x[:, :8].contiguous(), config=CONFIG).weights),
+    ):
+        with refused(name):
+            torch.func.jvp(run, (X,), (X,))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_gradients(create_graph: bool, way: str) -> None:
+    """As a vectorised jacobian asks for them; where its own derivative might be wanted that is refused."""
+    if way == "dlpack":
+        pytest.skip("torch batches no gradient of what goes through DLPack")
+    x, seeds = X.clone().requires_grad_(), numbers(3, 5, 8)
+    y = bridge.router_logits(x, ROUTER)
+    ask = lambda: torch.autograd.grad(y, x, seeds, is_grads_batched=True, create_graph=create_graph)[0]
+    if create_graph:
+        with pytest.raises(RuntimeError, match=r"^jaxmoe: expected a first derivative"):
+            ask()
+    else:
+        torch.testing.assert_close(ask(), seeds @ ROUTER)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

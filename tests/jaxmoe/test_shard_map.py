@@ -88,4 +88,4 @@ def test_shard_map() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("agrees:") == 6
-    assert "argument 0: expected an array that is not sharded over the mesh's explicit axes ('data',)" in done.stdout
+    assert "logits: expected an array that is not sharded over the mesh's explicit axes ('data',)" in done.stdout
