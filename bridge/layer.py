@@ -14,7 +14,7 @@ from bridge.call import call
 from bridge.checks import check
 from bridge.ops import layer as ops
 from bridge.ops.experts import as_they_lie, check_weight, is_view
-from bridge.routing import Routing, check_count, count
+from bridge.routing import Routing, check_count, count, without_gradient
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
 
@@ -126,11 +126,7 @@ def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any)
     """`moe` through the ops."""
     _check(x, params, config)
     valid, number = check_count(num_valid_tokens, "x", x)
-    bias = params.bias
-    if (
-        bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    ):  # it gets no gradient, and nothing is kept for one
-        bias = bias.detach()
+    bias = without_gradient(params.bias)
     arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json
     y, *routing = path.at_once(ops.moe, *arguments)
     return y, Routing(*routing)

@@ -88,10 +88,7 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
         raise ValueError(f"return_load: expected a bool, got {return_load!r}")
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise ValueError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
-    if (
-        bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    ):  # as engines keep it, in a Parameter: it gets no gradient
-        bias = bias.detach()
+    bias = without_gradient(bias)
     valid, number = check_count(num_valid, "logits", logits)
     if out is None and logits.ndim == 2 and path.is_eager(logits, bias, valid):
         sizes = logits.shape[0], config.num_slots
@@ -111,6 +108,11 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
     check_no_gradient(logits=logits)  # here, where torch.compile sees it
     ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
     return out if type(out) is Routing else Routing(*out)
+
+
+def without_gradient(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias, of which nobody is to ask a gradient, though engines keep it in a Parameter: it gets none."""
+    return bias.detach() if bias is not None and bias.requires_grad and torch.is_grad_enabled() else bias
 
 
 def _check_out(out: Any, return_load: Any) -> None:

@@ -34,16 +34,15 @@ def config_for(num_items: int, target: str) -> Config:
 def _kernel(
     experts_ref: Any, _: Any, load_ref: Any, *, num_ids: int, config: Config, assembly: bool, num_items: Any
 ) -> None:
-    start = pl.program_id(0) * config.pairs
+    start, bins = pl.program_id(0) * config.pairs, next_power_of_2(num_ids)
 
     def ids(index: jax.Array) -> jax.Array:
         mask = (index < config.pairs) & (start + index < num_items)
         found = load(experts_ref.at[start + index], mask=mask, other=-1)
         return jnp.where(found < num_ids, found, -1)
 
-    parts = max(config.pairs // max(next_power_of_2(num_ids), 32 * config.num_warps), 1)
+    parts = max(config.pairs // max(bins, 32 * config.num_warps), 1)
     counts = histogram(ids, config.pairs, num_ids, config.num_warps, assembly, parts=parts)
-    bins = next_power_of_2(num_ids)
     if counts.shape[0] >= 4 * bins:  # many more threads than ids: zeros that would all be added to the same few places
         counts = jnp.sum(counts.reshape(-1, bins), axis=0, dtype=jnp.int32)
     # Lanes past the last id add nothing, each elsewhere: additions to one place wait for one another.
