@@ -34,10 +34,10 @@ class DispatchPlan(NamedTuple):
     group_sizes: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("num_experts", "align", "implementation"))
 def _plan(
-    experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int, implementation: str | None
-) -> DispatchPlan:
+    static: tuple[int, int, str | None], experts: jax.Array, expert_map: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    num_experts, align, implementation = static
     xla = functools.partial(reference.plan_dispatch, num_experts=num_experts, align=align)
 
     def kernels(experts: jax.Array, expert_map: Any, *, target: str, interpret: bool) -> tuple[jax.Array, ...]:
@@ -47,7 +47,10 @@ def _plan(
             experts, expert_map, num_experts=num_experts, align=align, target=target, interpret=interpret
         )
 
-    return DispatchPlan(*run(implementation, kernels, xla, *alike(experts, expert_map)))
+    return run(implementation, kernels, xla, experts, expert_map)
+
+
+_plan_jit = compiled(_plan)
 
 
 def check_plan_sizes(num_experts: Any, align: Any) -> None:
@@ -116,7 +119,7 @@ def plan_dispatch(
         arguments.check_at_least_one("expert_map", expert_map, 0)
     check_implementation(implementation, experts, expert_map)
     arguments.check_one_device(experts=experts, expert_map=expert_map)
-    return _plan(experts, expert_map, num_experts=num_experts, align=align, implementation=implementation)
+    return DispatchPlan(*_plan_jit((num_experts, align, implementation), experts, expert_map))
 
 
 def move(

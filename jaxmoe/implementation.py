@@ -100,7 +100,7 @@ def _explicit_axes(names: Sequence[str], args: Sequence[Any]) -> tuple[str, ...]
 
 
 def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callable[..., Any]:
-    """function(static, *arrays), one with a custom derivative, under jit; the argument at `out` is donated.
+    """function(static, *arrays) under jit; the argument at `out` is donated.
 
     It is kept though XLA's implementation does not read it: what is donated must reach the computation. Neither Pallas
     nor ragged_dot knows shardings that types carry, so what all devices have is computed as if they did not.

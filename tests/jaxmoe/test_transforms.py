@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import Columns, RoutingConfig
+from kernels_pallas.targets import TARGETS
 from tests import oracle
 from tests.cases import F32, normal
 from tests.check_dispatch import check_combine, check_dispatch
@@ -157,20 +159,21 @@ def test_second_derivatives_of_products(implementation: str) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def _every(implementation: str | None, params: jaxmoe.MoEParams, x: jax.Array) -> Any:
+    """A layer, and one of its parts."""
+    on = {"implementation": implementation}
+    y, routing = jaxmoe.moe(x, params, MOE, **on)
+    plan = jaxmoe.plan_dispatch(routing.experts, 4, align=2, **on)
+    rows = jaxmoe.dispatch(x, plan, **on)
+    rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes, **on)
+    return y, routing, jaxmoe.combine(rows, plan, routing.weights, **on)
+
+
 def test_under_a_mesh_of_explicit_axes(implementation: str) -> None:
     """As jax.make_mesh makes them: nothing is sharded, so nothing is different."""
     if implementation == "interpret":
         pytest.skip("Pallas' interpreter mixes arrays of such a mesh with others")
-    given = moe_inputs()
-    on = {"implementation": implementation}
-
-    def every(params: jaxmoe.MoEParams, x: jax.Array) -> Any:
-        y, routing = jaxmoe.moe(x, params, MOE, **on)
-        plan = jaxmoe.plan_dispatch(routing.experts, 4, align=2, **on)
-        rows = jaxmoe.dispatch(x, plan, **on)
-        rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes, **on)
-        return y, routing, jaxmoe.combine(rows, plan, routing.weights, **on)
-
+    given, every = moe_inputs(), functools.partial(_every, implementation)
     loss = lambda params, x: jnp.sum(every(params, x)[0] * every(params, x)[2])
     run = lambda: (jax.jit(every)(*given), jax.jit(jax.grad(loss))(*given), every(*given))
     want = run()
@@ -178,6 +181,21 @@ def test_under_a_mesh_of_explicit_axes(implementation: str) -> None:
         got = run()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_lowers_for_gpus_under_a_mesh_of_explicit_axes(target: str) -> None:
+    """Pallas' Triton backend drops an axis of what a kernel adds up, but not of its sharding, where types have one."""
+    kind, platform = TARGETS[target].device_kind, TARGETS[target].platform
+    device = jax.sharding.AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=explicit, abstract_device=device)
+    shapes = jax.tree.map(np.asarray, moe_inputs())  # of arrays, jax would ask where they lie
+    loss = lambda params, x: sum(jnp.sum(y * y) for y in _every(None, params, x)[::2])
+    with jax.sharding.use_abstract_mesh(mesh):
+        for function in (functools.partial(_every, None), jax.grad(loss, argnums=(0, 1))):
+            text = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+            assert {"route", "plan_dispatch", "dispatch", "combine"} <= set(re.findall(r'name = "(\w+)"', text))
 
 
 def test_strict_promotion(implementation: str) -> None:
