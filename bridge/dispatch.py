@@ -11,6 +11,7 @@ from bridge import path
 from bridge.call import call
 from bridge.checks import INT32, check, check_no_gradient
 from bridge.ops import dispatch as ops
+from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
 
 
@@ -60,6 +61,7 @@ def plan_dispatch(
       >>> plan.rows.tolist(), plan.slots.tolist(), plan.group_sizes.tolist()
       ([[2, 0], [1, -1]], [1, 2, 0, -1], [2, 0, 1])
     """
+    num_experts, align = as_int(num_experts), as_int(align)
     if path.takes_ops(experts, implementation):
         check_plan_sizes(num_experts, align)
         if expert_map is not None:
@@ -114,14 +116,26 @@ def dispatch(
       >>> bridge.dispatch(torch.tensor([[1.0], [2.0]]), plan).tolist()
       [[2.0], [1.0]]
     """
+    return dispatch_rows(x, plan, out=out, implementation=implementation)
+
+
+def dispatch_rows(
+    x: torch.Tensor,
+    plan: DispatchPlan,
+    *,
+    out: torch.Tensor | None = None,
+    clear: bool = True,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """`dispatch`; without `clear`, rows that hold no token may hold anything, and cost nothing on the native path."""
     if path.takes_ops(x, implementation):
         _check_plan(plan)
         if out is None:
-            return path.at_once(ops.dispatch, x, plan.rows, plan.slots)
+            return path.at_once(ops.dispatch, x, plan.rows, plan.slots, clear)
         _check_tensor("out", out)
         check_no_gradient(x=x)  # here, where torch.compile sees it
         path.check_no_tangents(x=x)
-        ops.dispatch_out(x, plan.rows, plan.slots, out)
+        ops.dispatch_out(x, plan.rows, plan.slots, out, clear)
         return out
     arguments = {"x": x, "plan": _jax_plan(plan)}
     return call(jaxmoe.dispatch, arguments, {"implementation": implementation}, strided=("x",), out=out)

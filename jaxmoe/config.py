@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from kernels_pallas.rule import Rule
 from kernels_pallas.score import SCORING_FUNCS
@@ -17,9 +20,36 @@ def _fail(name: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+def as_int(value: Any) -> Any:
+    """An integer, numpy's as well, as an int; anything else, a bool too, as it came, for a check to refuse.
+
+    To torch.compile it is a constant from here on, not a number that a graph serves many of; so is `as_constant`.
+    """
+    return operator.index(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else value
+
+
+def as_constant(value: Any) -> Any:
+    """The value; a number as `as_int` has it, or a float."""
+    return float.fromhex(value.hex()) if isinstance(value, float) else as_int(value)
+
+
+_WORDS = {None: "null", True: "true", False: "false"}
+
+
+def _text(value: Any) -> str:
+    """A field that has been checked, in JSON. Not json.dumps, which torch.compile does not trace."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, float):
+        return f"{value!r}"
+    return f"{value}" if type(value) is int else _WORDS[value]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
     """How tokens are routed to experts; frozen, hashable, checked when it is made.
+
+    Integers may be numpy's, and become ints. Made within torch.compile, every field is a constant.
 
     Attributes:
       num_experts: E, the number of routed experts, 1 to 1024, a power of two or not.
@@ -74,9 +104,10 @@ class RoutingConfig:
             "shared_expert_replicas": MAX_EXPERTS,
         }
         for name, most in ranges.items():
-            least, value = int(name != "n_shared_experts"), getattr(self, name)
+            least, value = int(name != "n_shared_experts"), as_int(getattr(self, name))
             if type(value) is not int or not least <= value <= most:
                 raise _fail(name, f"an int from {least} to {most}", value)
+            object.__setattr__(self, name, value)
         if self.num_experts % self.n_group:
             raise _fail("n_group", f"a divisor of num_experts={self.num_experts}", self.n_group)
         if self.num_expert_ids > 2 * MAX_EXPERTS:
@@ -92,13 +123,14 @@ class RoutingConfig:
         for name in ("renormalize", "scale_weights"):
             if type(getattr(self, name)) is not bool:
                 raise _fail(name, "a bool", getattr(self, name))
-        scale = self.routed_scaling_factor
+        scale = as_constant(self.routed_scaling_factor)
         is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if not is_number or not 1e-37 <= abs(scale) <= 1e37:
             raise _fail("routed_scaling_factor", "a number from 1e-37 to 1e37 in size", scale)
         # Made once, here: a torch op takes its config as a string on every call.
-        values = [getattr(self, field.name) for field in fields(self)]
-        object.__setattr__(self, "_json", json.dumps(values, separators=(",", ":")))
+        object.__setattr__(self, "routed_scaling_factor", scale)
+        values = [_text(getattr(self, field.name)) for field in fields(self)]
+        object.__setattr__(self, "_json", f"[{','.join(values)}]")
 
     @property
     def json(self) -> str:

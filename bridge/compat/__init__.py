@@ -14,6 +14,7 @@ import torch
 
 import bridge
 from bridge import path
+from jaxmoe.config import as_constant
 
 
 def described(value: Any) -> str:
@@ -66,8 +67,11 @@ def route_groups(
 ) -> bridge.Routing:
     """`bridge.route` without the load; `fields` are the config's, `names` what the drop-in calls its arguments."""
     check_matrix("gating_output", gating_output)
+    fields["num_experts"] = gating_output.shape[1]
+    if torch.compiler.is_compiling():  # a number that has changed between calls has become a symbol
+        fields = {name: as_constant(value) for name, value in fields.items()}
     try:
-        config = _config(num_experts=gating_output.shape[1], **fields)
+        config = _config(**fields)
         return bridge.route(gating_output, bias, config=config, return_load=False, out=out)
     except ValueError as error:
         raise renamed(error, names) from None

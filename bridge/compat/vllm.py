@@ -13,7 +13,9 @@ import torch
 
 import bridge
 from bridge.compat import check_in_place, check_matrix, described, renamed, route_groups
+from bridge.dispatch import dispatch_rows
 from bridge.ops.dispatch import align_blocks, permute_maps_out, unpermute_out
+from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
 
 __all__ = ["grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
@@ -176,6 +178,7 @@ def moe_align_block_size(
       ([1, 2, 3, 4, 0, 4, 4], [0, 1, 2, -1], [6])
     """
     ids = _as_int32(topk_ids)
+    block_size, num_experts = as_int(block_size), as_int(num_experts)
     try:
         check_plan_sizes(num_experts, block_size)
     except ValueError as error:
@@ -249,8 +252,8 @@ def moe_permute(
     Three launches, or four: one or two for the plan, one for the rows, one for offsets and index maps; three more for
     scales, one or two for ids that are not int32.
 
-    Beside vLLM: rows that hold no token are zero (vLLM leaves them as they were), and every pair that has no row, its
-    expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM
+    As in vLLM, rows that hold no token are not written: what they hold is open. Beside vLLM: every pair that has no row,
+    its expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM
     gives each of those rows to one of them). Rows need not be multiples of 16 bytes.
 
     Args:
@@ -302,6 +305,7 @@ def moe_permute(
                 "permuted_hidden_states: expected a tensor without requires_grad, got one that requires grad"
             )
         out = _as_words("permuted_hidden_states", out)
+    n_expert, n_local_expert = as_int(n_expert), as_int(n_local_expert)
     for name, value in (("n_expert", n_expert), ("n_local_expert", n_local_expert)):
         if type(value) is not int:
             raise ValueError(f"{name}: expected an int, got {value!r}")
@@ -321,7 +325,7 @@ def moe_permute(
         plan = bridge.plan_dispatch(ids, n_expert if expert_map is None else n_local, expert_map=expert_map)
         offsets, inverse, index = _permute_buffers(plan, n_local, scratch)
         permute_maps_out(*plan, offsets, inverse, index)
-        rows = bridge.dispatch(_as_words("hidden_states", hidden_states), plan, out=out)
+        rows = dispatch_rows(_as_words("hidden_states", hidden_states), plan, out=out, clear=False)
     except ValueError as error:
         raise renamed(error, _PERMUTE_NAMES) from None
 

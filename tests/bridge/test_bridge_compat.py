@@ -365,3 +365,24 @@ def test_compiles_whole() -> None:
             got = compiled(*given, torch.zeros(E), torch.empty(tokens, H))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_other_numbers(dynamic: bool | None) -> None:
+    """A second model in the same process, whose sizes torch.compile has as symbols."""
+
+    def route(logits: torch.Tensor, top_k: int, scale: float, ids: torch.Tensor, block: int) -> tuple[Any, ...]:
+        weights, chosen = vllm.grouped_topk(logits, logits, top_k, True, 2, 2, routed_scaling_factor=scale)
+        theirs, other = torch.empty_like(weights), torch.empty_like(chosen)
+        aiter.biased_grouped_topk(logits, torch.zeros_like(logits[0]), theirs, other, 2, 2, True, scale)
+        aligned = vllm.moe_align_block_size(ids, block, logits.shape[1])
+        return weights, chosen, theirs, other, *aligned, *vllm.moe_permute(logits, None, ids, logits.shape[1])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(route, fullgraph=True, backend="eager", dynamic=dynamic)
+    with torch.no_grad():
+        for experts, top_k, scale, block in ((8, 2, 2.5, 4), (16, 2, 2.5, 4), (16, 3, 1.5, 8), (16, 3, 3.5, 8)):
+            logits = torch.randn(T, experts, generator=torch.Generator().manual_seed(experts))
+            given = logits, top_k, scale, ids(), block
+            for a, b in zip(compiled(*given), route(*given), strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)

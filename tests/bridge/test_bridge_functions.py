@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bridge
 import jaxmoe
 from bridge import path
+from bridge.compat import vllm
 from tests.bridge.calls import CONFIG, FUNCTIONS, WITH_OUT, arguments, arrays, leaves, numbers, options, same, tensors
 
 
@@ -287,3 +288,17 @@ def test_params_and_plan_are_not_changed(device: torch.device) -> None:
     before = [tensor.clone() for tensor in leaves(given)]
     bridge.moe(**given, config=CONFIG)
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(given), strict=True))
+
+
+def test_integers_of_numpy() -> None:
+    """As they come from an array: taken wherever an int is; a bool is none."""
+    ids = torch.tensor([[2, 0], [0, 1]], dtype=torch.int32)
+    wanted = bridge.plan_dispatch(ids, 3, align=2)
+    for found, tensor in zip(bridge.plan_dispatch(ids, np.int64(3), align=np.int32(2)), wanted, strict=True):
+        assert torch.equal(found, tensor)
+    rows, *_ = vllm.moe_permute(torch.ones(2, 4), None, ids, np.int64(3), n_local_expert=np.int64(-1))
+    assert rows.shape == (4, 4)
+    assert len(vllm.moe_align_block_size(ids, np.int64(2), np.int64(3))) == 3
+    for name in ("num_experts", "align"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected an int from 1 to \d+, got True"):
+            bridge.plan_dispatch(**{"experts": ids, "num_experts": 3, name: True})

@@ -222,6 +222,19 @@ def test_compiled_with_any_gradient() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(bridge.dispatch(x, PLAN), x, seed)[0])
 
 
+def test_compiled_around_a_config() -> None:
+    """Made of what the call brings: each is a constant of its own graph."""
+
+    def run(logits: torch.Tensor, top_k: int, scale: float) -> torch.Tensor:
+        config = bridge.RoutingConfig(num_experts=logits.shape[1], top_k=top_k, routed_scaling_factor=scale)
+        return bridge.route(logits, config=config).weights
+
+    for dynamic in (None, True):
+        whole = compiled(run, fullgraph=True, dynamic=dynamic)
+        for experts, *rest in ((8, 2, 2.5), (16, 2, 2.5), (16, 3, 1.5), (16, 3, 3.5)):
+            torch.testing.assert_close(whole(numbers(5, experts), *rest), run(numbers(5, experts), *rest))
+
+
 def test_compiled_with_a_number_of_tokens_that_data_decides() -> None:
     """As after an exchange between the ranks of expert parallelism."""
     mask = torch.tensor([True, False, True, True, False])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 
-from jaxmoe import RoutingConfig
+from jaxmoe import RoutingConfig, presets
 
 
 def test_is_frozen_and_hashable() -> None:
@@ -23,11 +26,30 @@ def test_ids_and_slots() -> None:
     assert (config.num_slots, config.num_expert_ids) == (4, 14)
 
 
+def test_json() -> None:
+    """As json writes it, and back."""
+    odd = RoutingConfig(num_experts=8, top_k=2, routed_scaling_factor=-1e-7, group_score="max", renormalize=False)
+    for config in [*presets.values(), odd, RoutingConfig(num_experts=1, top_k=1, routed_scaling_factor=3)]:
+        values = [getattr(config, field.name) for field in fields(config)]
+        assert config.json == json.dumps(values, separators=(",", ":"))
+        assert RoutingConfig.from_json(config.json) == config
+
+
+def test_numbers_of_numpy() -> None:
+    """They come from arrays of a checkpoint or a sweep; what is kept are Python's."""
+    config = RoutingConfig(num_experts=np.int64(8), top_k=np.int32(2), routed_scaling_factor=np.float64(2.5))
+    assert config.json == RoutingConfig(num_experts=8, top_k=2, routed_scaling_factor=2.5).json
+    assert (type(config.num_experts), type(config.routed_scaling_factor)) == (int, float)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 0}, "num_experts: expected an int from 1 to 1024, got 0"),
         ({"num_experts": 1025}, "num_experts: expected an int from 1 to 1024, got 1025"),
+        ({"num_experts": True}, "num_experts: expected an int from 1 to 1024, got True"),
+        ({"num_experts": np.float32(8)}, "num_experts: expected an int from 1 to 1024, got .*8.0"),
+        ({"top_k": np.int8(33), "num_experts": 64}, "top_k: expected an int from 1 to 32, got 33"),
         ({"num_experts": 8.0}, "num_experts: expected an int from 1 to 1024, got 8.0"),
         ({"top_k": 0}, "top_k: expected an int from 1 to 32, got 0"),
         ({"top_k": 33, "num_experts": 64}, "top_k: expected an int from 1 to 32, got 33"),
