@@ -65,7 +65,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "plan_dispatch": lambda experts, num_experts, align, expert_map: jaxmoe.plan_dispatch(
         experts, num_experts, align=align, expert_map=expert_map
     ),
-    "dispatch": lambda x, rows, slots: jaxmoe.dispatch(x, jaxmoe.DispatchPlan(rows, slots, slots)),
+    "dispatch": lambda x, rows, slots, clear=True: jaxmoe.dispatch(x, jaxmoe.DispatchPlan(rows, slots, slots)),
     "experts": lambda rows, gate_up, down, group_sizes, activation: jaxmoe.experts(
         rows, gate_up, down, group_sizes, activation=activation
     ),

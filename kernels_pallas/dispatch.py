@@ -16,30 +16,34 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.launch import CACHED, PAST_CACHE, cdiv, iota, launch, load, next_power_of_2, remembered, store
 
+AT_ONCE = 8  # rows that a clearing program clears at a time
+
 
 @dataclass(frozen=True)
 class Config:
     columns: int  # of one program
-    clear_rows: int  # rows that one clearing program looks at
+    clear_rows: int  # rows that one clearing program looks at; 0: rows that hold no token stay as they are
     num_warps: int
 
 
 @remembered
-def config_for(num_rows: int, num_pairs: int, width: int, dtype: Any, target: str) -> Config:
+def config_for(num_rows: int, num_pairs: int, width: int, dtype: Any, target: str, *, clear: bool = True) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm"); num_pairs: of a token and a slot."""
     itemsize = jnp.dtype(dtype).itemsize
     columns = min(next_power_of_2(width), 2048 // itemsize)
     one_warp = target == "cuda" and CACHED < num_rows * width * itemsize <= PAST_CACHE
-    # Groups that are filled up have many empty rows, all behind one another.
-    clear_rows = 64 if num_rows == num_pairs else 8
+    # Rows may all be empty where experts are elsewhere, so few of them for each program while there are few programs;
+    # and where groups are filled up, many surely are. Measured on an H200.
+    clear_rows = 4 if num_rows <= 1024 else 8 if num_rows <= 4096 or num_rows != num_pairs else 32
     num_warps = 1 if one_warp else max(1, min(4, columns // 256))
-    return Config(columns=columns, clear_rows=clear_rows, num_warps=num_warps)
+    return Config(columns=columns, clear_rows=clear_rows if clear else 0, num_warps=num_warps)
 
 
 @remembered
 def grid_for(num_tokens: int, num_rows: int, width: int, config: Config) -> tuple[int]:
     """The programs of the launch: those that clear, then one for each token's columns after another."""
-    return (pl.cdiv(num_rows, config.clear_rows) + num_tokens * pl.cdiv(width, config.columns),)
+    clearing = pl.cdiv(num_rows, config.clear_rows) if config.clear_rows else 0
+    return (clearing + num_tokens * pl.cdiv(width, config.columns),)
 
 
 def _dispatch_kernel(
@@ -56,8 +60,8 @@ def _dispatch_kernel(
     scale_ref = rest[0] if has_scale else None
     out_ref = rest[-1]
     tiles = pl.cdiv(width, config.columns)
-    # Clearing comes first: a program does row after row of many, and would be the last to end.
-    clearing = cdiv(num_rows, config.clear_rows)
+    # Clearing comes first: where all of its rows are empty, a program has much to write, and would be the last to end.
+    clearing = cdiv(num_rows, config.clear_rows) if config.clear_rows else 0
     program = pl.program_id(0) - clearing
 
     @pl.when(program >= 0)
@@ -73,22 +77,35 @@ def _dispatch_kernel(
             mask = (col < width) & (row >= 0)
             store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=mask)
 
-    @pl.when(program < 0)
+    if config.clear_rows:
+        pl.when(program < 0)(
+            lambda: _clear(slots_ref, out_ref, (program + clearing) * config.clear_rows, config, num_rows)
+        )
+
+
+def _clear(slots_ref: Any, out_ref: Any, first: jax.Array, config: Config, num_rows: Any) -> None:
+    """Zeros where no token is, in the rows of one program."""
+    at_once, width = min(config.clear_rows, AT_ONCE), out_ref.shape[1]
+
+    def find(start: Any, number: int) -> tuple[jax.Array, jax.Array]:
+        row = first + start + iota((number,), 0)
+        return row, load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
+
+    def clear(i: jax.Array, _: None) -> None:
+        row, empty = find(i * at_once, at_once)
+
+        def piece(i: jax.Array, _: None) -> None:
+            col = i * config.columns + iota((config.columns,), 0)
+            zeros = jnp.zeros((at_once, config.columns), out_ref.dtype)
+            store(out_ref.at[row[:, None], col[None, :]], zeros, mask=empty[:, None] & (col < width)[None, :])
+
+        jax.lax.fori_loop(0, pl.cdiv(width, config.columns), piece, None)
+
+    _, empty = find(0, config.clear_rows)
+
+    @pl.when(jnp.sum(empty.astype(jnp.int32), axis=0, dtype=jnp.int32) > 0)
     def _() -> None:
-        first = (program + clearing) * config.clear_rows
-        row = first + iota((config.clear_rows,), 0)
-        empty = load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
-
-        @pl.when(jnp.sum(empty.astype(jnp.int32), axis=0, dtype=jnp.int32) > 0)
-        def _() -> None:
-            def clear(i: jax.Array, _: None) -> None:
-                row, col = first + i // tiles, (i - i // tiles * tiles) * config.columns + iota((config.columns,), 0)
-                inside = row < num_rows
-                row = jnp.where(inside, row, 0)
-                mask = (col < width) & inside & (slots_ref[row] < 0)
-                store(out_ref.at[row, col], jnp.zeros((config.columns,), out_ref.dtype), mask=mask)
-
-            jax.lax.fori_loop(0, config.clear_rows * tiles, clear, None)
+        jax.lax.fori_loop(0, config.clear_rows // at_once, clear, None)
 
 
 def dispatch(
@@ -101,11 +118,12 @@ def dispatch(
     width: int | None = None,
     out: jax.Array | None = None,
     dtype: Any = None,
+    clear: bool = True,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
 ) -> jax.Array:
-    """[M, width]: row rows[t, j] is x[t] (times scale[t, j]); rows that hold no token are zero.
+    """[M, width]: row rows[t, j] is x[t] (times scale[t, j]); rows that hold no token are zero, if `clear`.
 
     x [T, at least column + width], of which the columns from `column` on are read; rows int32 [T, S]; slots int32 [M].
     `out` [M, width]: the result takes over its buffer.
@@ -114,7 +132,7 @@ def dispatch(
     width = x.shape[1] - column if width is None else width
     dtype = dtype or x.dtype
     num_rows = slots.shape[0]
-    config = config or config_for(num_rows, rows.size, width, dtype, target)
+    config = config or config_for(num_rows, rows.size, width, dtype, target, clear=clear)
     args = [x, rows, slots, *([] if scale is None else [scale])]
     kernel = functools.partial(
         _dispatch_kernel,

@@ -252,9 +252,9 @@ def moe_permute(
     Three launches, or four: one or two for the plan, one for the rows, one for offsets and index maps; three more for
     scales, one or two for ids that are not int32.
 
-    As in vLLM, rows that hold no token are not written: what they hold is open. Beside vLLM: every pair that has no row,
-    its expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM
-    gives each of those rows to one of them). Rows need not be multiples of 16 bytes.
+    As in vLLM, rows that hold no token are not written: what they hold is open. Beside vLLM: every pair that has no
+    row, its expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx`
+    (vLLM gives each of those rows to one of them). Rows need not be multiples of 16 bytes.
 
     Args:
       hidden_states: [T, H] bfloat16, float16 or float32; rows may be strided. Quantised ones, of any other dtype, are

@@ -181,19 +181,27 @@ def _dispatch(
 
 
 def dispatch(
-    x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    clear: bool = True,
 ) -> None:
-    """Fills `out` [M, H] from x [T, H], each row times its scale [T, S] where there is one."""
+    """Fills `out` [M, H] from x [T, H], each row times its scale [T, S] where there is one; the others if `clear`."""
     (num_tokens, num_slots), (num_rows, width) = rows.shape, out.shape
     if num_tokens == 0 or out.numel() == 0:
-        out.zero_()
+        if clear:
+            out.zero_()
         return
     ins = [x.data_ptr(), rows.data_ptr(), slots.data_ptr()]
     if scale is not None:
         ins.append(scale.data_ptr())
     into = out.data_ptr()
     stride, tokens, divisor, distance = laid(x, num_tokens)
-    config = dispatch_kernels.config_for(num_rows, rows.numel(), width, JAX_DTYPES[out.dtype], _platform())
+    dtype = JAX_DTYPES[out.dtype]
+    config = dispatch_kernels.config_for(num_rows, rows.numel(), width, dtype, _platform(), clear=clear)
     kernel = _dispatch(
         x.dtype,
         out.dtype,

@@ -209,32 +209,34 @@ def _check_dispatch(x: Tensor, rows: Tensor, slots: Tensor) -> None:
     row_stride("x", x)
 
 
-def _dispatch_fake(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+def _dispatch_fake(x: Tensor, rows: Tensor, slots: Tensor, clear: bool = True) -> Tensor:
     _check_dispatch(x, rows, slots)
     return x.new_empty((slots.shape[0], x.shape[1]))
 
 
-def _dispatch_native(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+def _dispatch_native(x: Tensor, rows: Tensor, slots: Tensor, clear: bool = True) -> Tensor:
     out = _dispatch_fake(x, rows, slots)
-    native.dispatch(x, rows, slots, None, out)
+    native.dispatch(x, rows, slots, None, out, clear=clear)
     return out
 
 
-def _dispatch_plain(x: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+def _dispatch_plain(x: Tensor, rows: Tensor, slots: Tensor, clear: bool = True) -> Tensor:
     _check_dispatch(x, rows, slots)
     return call(jaxmoe.dispatch, {"x": x, "plan": _plan(rows, slots)}, {}, strided=("x",))
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    _, *plan, _ = inputs
+    ctx.save_for_backward(*plan)
 
 
 def _dispatch_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return dispatch_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+    return dispatch_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
+# Without `clear`, rows that hold no token may hold anything: through JAX they are zero all the same.
 dispatch = define(
-    "dispatch(Tensor x, Tensor rows, Tensor slots) -> Tensor",
+    "dispatch(Tensor x, Tensor rows, Tensor slots, bool clear=True) -> Tensor",
     native=_dispatch_native,
     plain=_dispatch_plain,
     fake=_dispatch_fake,
@@ -243,26 +245,26 @@ dispatch = define(
 )
 
 
-def _check_dispatch_out(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
+def _check_dispatch_out(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor, clear: bool = True) -> None:
     _check_dispatch(x, rows, slots)
     check("out", out, (slots.shape[0], x.shape[1]), (x.dtype,))
     check_layout(x.device, out=out)
 
 
-def _dispatch_out_native(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
+def _dispatch_out_native(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor, clear: bool = True) -> None:
     _check_dispatch_out(x, rows, slots, out)
     check_out({"out": out}, {"x": x, "plan.rows": rows, "plan.slots": slots})
-    native.dispatch(x, rows, slots, None, out)
+    native.dispatch(x, rows, slots, None, out, clear=clear)
     increment_version(out)
 
 
-def _dispatch_out_plain(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor) -> None:
+def _dispatch_out_plain(x: Tensor, rows: Tensor, slots: Tensor, out: Tensor, clear: bool = True) -> None:
     _check_dispatch_out(x, rows, slots, out)
     call(jaxmoe.dispatch, {"x": x, "plan": _plan(rows, slots)}, {}, strided=("x",), out=out)
 
 
 dispatch_out = define(
-    "dispatch_out(Tensor x, Tensor rows, Tensor slots, Tensor(a!) out) -> ()",
+    "dispatch_out(Tensor x, Tensor rows, Tensor slots, Tensor(a!) out, bool clear=True) -> ()",
     native=_dispatch_out_native,
     plain=_dispatch_out_plain,
     fake=_check_dispatch_out,

@@ -333,6 +333,13 @@ def test_dispatch_and_back(kind: str, emulator: Emulator) -> None:
     dispatch.dispatch(held, places, slots, None, out)
     check_dispatch(array(out), x, found)
 
+    left = emulator.empty(*rows.shape, dtype=held.dtype, offset=offset).fill_(7.0)
+    dispatch.dispatch(held, places, slots, None, left, clear=False)
+    empty = found.slots < 0
+    assert empty.any()
+    assert (array(left)[empty] == 7.0).all()
+    np.testing.assert_array_equal(array(left)[~empty], array(out)[~empty])
+
     weights = normal(7, *found.rows.shape)
     sums = emulator.empty(11, width, dtype=held.dtype, offset=offset)
     dispatch.combine(emulator.put(rows, offset), places, emulator.put(weights, offset), sums)

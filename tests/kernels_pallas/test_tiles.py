@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,12 +118,26 @@ def test_dispatch_however_many_rows_a_program_clears(num_rows: int, clear_rows: 
 
 
 def test_rows_that_a_program_clears() -> None:
-    """Few where groups are filled up, since it takes one after the other; as measured on an H200."""
-    config_for = functools.partial(
-        dispatch.config_for, num_pairs=8 * 4096, width=7168, dtype=jnp.bfloat16, target="cuda"
-    )
-    assert config_for(8 * 4096).clear_rows == 64
-    assert config_for(8 * 4096 + 63 * 32).clear_rows == 8
+    """Few where there are few programs, and where groups are filled up; as measured on an H200."""
+
+    def rows(tokens: int, more: int = 0, **options: Any) -> int:
+        number = 8 * tokens
+        return dispatch.config_for(number + more, number, 7168, jnp.bfloat16, "cuda", **options).clear_rows
+
+    assert [rows(tokens) for tokens in (1, 128, 129, 512, 513, 40960)] == [4, 4, 8, 8, 32, 32]
+    assert [rows(tokens, 63 * 32) for tokens in (1, 4096)] == [8, 8]
+    assert rows(4096, clear=False) == 0
+
+
+def test_dispatch_that_leaves_rows_without_a_token() -> None:
+    """As they were, in a buffer that is taken over; the others are written."""
+    x = normal(1, 3, 40)
+    rows = jnp.asarray([[3, -1], [0, 5], [-1, -1]], jnp.int32)
+    slots = jnp.full(7, -1, jnp.int32).at[jnp.asarray([3, 0, 5])].set(jnp.asarray([0, 2, 3]))
+    got = dispatch.dispatch(x, rows, slots, out=jnp.full((7, 40), 7.0), clear=False, interpret=True)
+    expected = np.full((7, 40), 7.0, np.float32)
+    expected[[3, 0, 5]] = np.asarray(x)[[0, 1, 1]]
+    np.testing.assert_array_equal(got, expected, strict=True)
 
 
 @pytest.mark.parametrize(
