@@ -25,6 +25,7 @@ KINDS = {
     "load": ("benchmarks.routing", "loads"),
     "router_logits": ("benchmarks.routing", "router_logits"),
     "movement": ("benchmarks.movement", "movement"),
+    "elsewhere": ("benchmarks.movement", "elsewhere"),
     "align": ("benchmarks.movement", "align"),
     "step": ("benchmarks.movement", "step"),
     "experts": ("benchmarks.matmuls", "experts"),

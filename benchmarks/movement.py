@@ -104,6 +104,74 @@ def _movement(tokens: int) -> Iterator[Operation]:
     yield make("unpermute, vLLM's form", bytes=moved + pairs * 8, ours=into_y(drop_in_back), peers=others)
 
 
+def elsewhere(quick: bool) -> Iterator[Build]:
+    """The way to the experts and back where an eighth of them is here, as with expert parallelism over eight GPUs."""
+    for tokens in (1, 64, 4096) if quick else TOKENS:
+        yield functools.partial(_elsewhere, tokens)
+
+
+def _elsewhere(tokens: int) -> Iterator[Operation]:
+    pairs, row, calls, local = tokens * TOP_K, WIDTH * 2, _calls(tokens), max(EXPERTS // 8, 1)
+    num_sets = timing.input_sets((tokens + pairs) * row, calls=calls)
+    x = [random(tokens, WIDTH) for _ in range(num_sets)]
+    rows = [empty(pairs, WIDTH) for _ in range(num_sets)]
+    y = [empty(tokens, WIDTH) for _ in range(num_sets)]
+    ids, weights = _random_ids(tokens), torch.rand(tokens, TOP_K, device=operation.DEVICE)
+    here = torch.full((EXPERTS,), -1, dtype=torch.int32, device=operation.DEVICE)
+    here[:local] = torch.arange(local, device=operation.DEVICE)
+    want = stated.plan(here[ids.long()], local, 1, pairs)
+    offsets = torch.nn.functional.pad(want.group_sizes.cumsum(0), (1, 0))
+    held, used = int(offsets[-1]), int((want.rows >= 0).any(dim=1).sum())
+    permutes = []
+    if peers.loaded(peers.vllm):
+        permutes = [peers.Permute(out, TOP_K, EXPERTS, here, local) for out in rows]
+
+    def check_held(got: Tensor) -> None:  # what the other rows hold is open
+        stated.check_rows(got[:held], x[0], want._replace(slots=want.slots[:held]))
+
+    def check_rows(got: Tensor) -> None:
+        stated.check_rows(got, x[0], want)
+
+    def check_sums(got: Tensor) -> None:
+        stated.check_close(got, stated.combine(rows[0], want, weights), 1e-2, "sums")
+
+    def permute(i: int) -> Tensor:
+        k = i % num_sets
+        return compat.moe_permute(x[k], None, ids, EXPERTS, local, here, permuted_hidden_states=rows[k])[0]
+
+    def plan_and_dispatch(i: int) -> Tensor:
+        k = i % num_sets
+        return bridge.dispatch(x[k], bridge.plan_dispatch(ids, local, expert_map=here), out=rows[k])
+
+    inverse = want.rows.where(want.rows >= 0, pairs - 1)  # vLLM's kernel takes no negative ones
+
+    def unpermute(i: int) -> Tensor:
+        compat.moe_unpermute(y[i % num_sets], rows[i % num_sets], weights, inverse.flatten(), offsets)
+        return y[i % num_sets]
+
+    make, name = functools.partial(Operation, tokens=tokens, calls=calls), "an eighth of the experts here"
+    theirs, back = {}, {}
+    if permutes:
+        writes = (rows[0],)
+        theirs["vLLM moe_permute"] = Entry(lambda i: permutes[i % num_sets](x[i % num_sets], ids), check_held, writes)
+    moved = (used + held) * row
+    ours = Entry(permute, check_held, (rows[0],))
+    yield make(f"permute, vLLM's form, {name}", bytes=moved + pairs * 12, ours=ours, peers=theirs)
+    ours = Entry(plan_and_dispatch, check_rows, (rows[0],))
+    size = (used + pairs) * row + pairs * 12  # all rows are written
+    yield make(f"plan + dispatch, {name}", bytes=size, ours=ours, peers=theirs)
+    for filled in rows:
+        filled.normal_()
+    if permutes:
+        for permute_into in permutes:
+            permute_into.set_maps(inverse, want.group_sizes)
+        unpermutes = lambda i: permutes[i % num_sets].unpermute(rows[i % num_sets], weights, y[i % num_sets])
+        back["vLLM moe_unpermute"] = Entry(unpermutes, check_sums, (y[0],))
+    ours = Entry(unpermute, check_sums, (y[0],))
+    size = (tokens + held) * row + pairs * 8
+    yield make(f"unpermute, vLLM's form, {name}", bytes=size, ours=ours, peers=back)
+
+
 def align(quick: bool) -> Iterator[Build]:
     """The plan with whole blocks of each expert, and vLLM's form of it."""
     for tokens in (1, 64, 4096) if quick else TOKENS:

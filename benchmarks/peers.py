@@ -109,20 +109,28 @@ def _vllm_topk(ops: Any, config: RoutingConfig, tokens: int, bias: torch.Tensor 
 class Permute:
     """vLLM's moe_permute and moe_unpermute, with buffers made once (scratch memory they allocate themselves)."""
 
-    def __init__(self, out: torch.Tensor, top_k: int, num_experts: int) -> None:
-        """`out`: [T * top_k, H], what the tokens are permuted into."""
+    def __init__(
+        self,
+        out: torch.Tensor,
+        top_k: int,
+        num_experts: int,
+        expert_map: torch.Tensor | None = None,
+        num_local: int | None = None,
+    ) -> None:
+        """`out`: [T * top_k, H], what the tokens are permuted into; with a map `num_local` of the experts are here."""
         make = functools.partial(torch.empty, device=out.device)
         self.ops, self.out, self.top_k, self.num_experts = vllm(), out, top_k, num_experts
+        self.expert_map, self.num_local = expert_map, num_experts if num_local is None else num_local
         self.indices = torch.arange(len(out), dtype=torch.int32, device=out.device).reshape(-1, top_k)
-        self.offsets = make(num_experts + 1, dtype=torch.int64)
+        self.offsets = make(self.num_local + 1, dtype=torch.int64)
         self.inverse = make((len(out) // top_k, top_k), dtype=torch.int32)
         self.permuted = make(len(out), dtype=torch.int32)
 
     def __call__(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """The rows in the order of their experts."""
         assert self.ops is not None
-        number, results = self.num_experts, (self.out, self.offsets, self.inverse, self.permuted)
-        self.ops.moe_permute(x, experts, self.indices, None, number, number, self.top_k, *results)
+        numbers, results = (self.num_experts, self.num_local), (self.out, self.offsets, self.inverse, self.permuted)
+        self.ops.moe_permute(x, experts, self.indices, self.expert_map, *numbers, self.top_k, *results)
         return self.out
 
     def set_maps(self, rows: torch.Tensor, group_sizes: torch.Tensor) -> None:

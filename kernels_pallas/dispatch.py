@@ -78,9 +78,8 @@ def _dispatch_kernel(
             store(out_ref.at[jnp.maximum(row, 0), col], value.astype(out_ref.dtype), mask=mask)
 
     if config.clear_rows:
-        pl.when(program < 0)(
-            lambda: _clear(slots_ref, out_ref, (program + clearing) * config.clear_rows, config, num_rows)
-        )
+        first = (program + clearing) * config.clear_rows
+        pl.when(program < 0)(lambda: _clear(slots_ref, out_ref, first, config, num_rows))
 
 
 def _clear(slots_ref: Any, out_ref: Any, first: jax.Array, config: Config, num_rows: Any) -> None:

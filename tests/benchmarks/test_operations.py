@@ -56,23 +56,25 @@ class Vllm:
 
     @staticmethod
     def moe_permute(
-        x: Any, ids: Any, indices: Any, here: None, n: int, n_local: int, k: int, out: Any, offsets: Any, inverse: Any,
+        x: Any, ids: Any, indices: Any, here: Any, n: int, n_local: int, k: int, out: Any, offsets: Any, inverse: Any,
         permuted: Any,
     ) -> None:  # fmt: skip
         assert torch.equal(indices, torch.arange(ids.numel(), dtype=torch.int32).view_as(ids))
-        assert n == n_local
-        plan = stated.plan(ids, n, 1, ids.numel())
-        out.copy_(x[plan.slots // k])
+        assert n_local == n if here is None else n_local < n == len(here)
+        plan = stated.plan(ids if here is None else here[ids.long()], n_local, 1, ids.numel())
+        held = plan.slots >= 0
+        out[held] = x[plan.slots[held] // k]
         offsets[0] = 0
         offsets[1:] = plan.group_sizes.cumsum(0)
-        inverse.copy_(plan.rows)
+        inverse.copy_(plan.rows.where(plan.rows >= 0, len(out) - 1))  # a row behind those that are held
         permuted.copy_(plan.slots)
 
     @staticmethod
     def moe_unpermute(rows: Any, weights: Any, inverse: Any, offsets: Any, k: int, out: Any) -> None:
-        assert int(offsets[-1]) == len(rows)
+        assert ((inverse >= 0) & (inverse < len(rows))).all()
         assert weights.shape[1] == k
-        out.copy_(stated.combine(rows, bridge.DispatchPlan(inverse, inverse, inverse), weights))
+        places = inverse.where(inverse < offsets[-1], -1)
+        out.copy_(stated.combine(rows, bridge.DispatchPlan(places, places, places), weights))
 
     @staticmethod
     def moe_align_block_size(
@@ -166,7 +168,14 @@ def test_kinds_at_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = list(routing.routes(True))
     assert len(quick) < 20
     assert all(build.args[3] is None and not build.keywords["jit"] for build in quick if len(build.args) > 1)
-    for kind in (routing.router_logits, movement.movement, movement.align, movement.step, matmuls.experts):
+    for kind in (
+        routing.router_logits,
+        movement.movement,
+        movement.elsewhere,
+        movement.align,
+        movement.step,
+        matmuls.experts,
+    ):
         assert 0 < len(list(kind(True))) < len(list(kind(False)))
 
 
@@ -187,6 +196,17 @@ def test_movement() -> None:
         ("combine", "vLLM moe_unpermute"),
         ("unpermute, vLLM's form", "vLLM moe_unpermute"),
     ]
+
+
+def test_elsewhere() -> None:
+    found = run(movement._elsewhere(TOKENS))
+    here = "an eighth of the experts here"
+    assert [(one.name, *one.peers) for one in found] == [
+        (f"permute, vLLM's form, {here}", "vLLM moe_permute"),
+        (f"plan + dispatch, {here}", "vLLM moe_permute"),
+        (f"unpermute, vLLM's form, {here}", "vLLM moe_unpermute"),
+    ]
+    assert found[0].bytes < found[1].bytes
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
