@@ -171,6 +171,11 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, _: None, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if any(map(is_batched, gradients)):
+            raise ValueError(
+                "gradient: expected one, got a batch of them, which JAX cannot view (is_grads_batched, "
+                "jacobian(vectorize=True)); ask for one at a time"
+            )
         saved = iter(ctx.saved_tensors)  # which hooks may have moved (torch.autograd.graph.saved_tensors_hooks)
         known = {i: import_laid(ctx.names[i], next(saved), ctx.layouts.get(i)) for i in ctx.used}
         pull = jax.tree.unflatten(ctx.pull, [import_tensor("saved", made_dense(tensor)) for tensor in saved])

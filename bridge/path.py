@@ -42,10 +42,38 @@ def at_once(op: Callable[..., Any], *args: Any) -> Any:
     if is_eager(*tensors):
         with _below_autograd():
             return op(*args)
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or _is_transformed():
         names = (argument.name for argument in op._schema.arguments)  # type: ignore[attr-defined]
-        check_no_tangents(**dict(zip(names, args, strict=False)))
+        check_derivatives(**dict(zip(names, args, strict=False)))
     return op(*args)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is under way that torch.compile does not see."""
+    return not torch.compiler.is_compiling() and _transform() is not None
+
+
+def check_derivatives(**values: Any) -> None:
+    """Raises ValueError where a tensor asks for a derivative that an op does not have."""
+    check_no_tangents(**values)
+    if not torch.is_grad_enabled() or not _is_transformed():
+        return
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and _is_followed(value):
+            raise ValueError(
+                f"{name}: expected a tensor that torch.func takes no gradient of, got one that it does: torch has none "
+                "of a library's ops there (torch.func.grad, vjp, jacrev); use torch.autograd.grad"
+            )
+
+
+def _is_followed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or one within it, is a variable of torch.func.grad."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_no_tangents(**values: Any) -> None:

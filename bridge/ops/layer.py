@@ -9,7 +9,7 @@ import torch
 from bridge import path
 from bridge.native.routing import config_of
 from bridge.ops.dispatch import plan_dispatch
-from bridge.ops.library import LIBRARY
+from bridge.ops.library import LIBRARY, register_batch
 from bridge.ops.routing import route, router_logits
 from bridge.ops.weighted_experts import weighted_experts
 
@@ -58,7 +58,9 @@ def _define(schema: str, function: Any) -> Any:
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
-    return getattr(torch.ops.jaxmoe, name).default
+    op = getattr(torch.ops.jaxmoe, name).default
+    register_batch(name, op)
+    return op
 
 
 moe = _define(

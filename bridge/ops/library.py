@@ -22,6 +22,33 @@ def _is_turned(tensor: torch.Tensor) -> bool:
     return tensor.ndim == 3 and tensor.mT.is_contiguous() and is_aligned(tensor)
 
 
+def _slice(tensor: torch.Tensor, axis: int | None, index: int) -> torch.Tensor:
+    """One of a batch. On a CPU a copy: JAX takes few addresses there, and torch's slices are not the user's to mend."""
+    if axis is None:
+        return tensor
+    found = tensor.select(axis, index)
+    if found.device.type != "cpu":
+        return found
+    turned = found.ndim == 3 and found.mT.is_contiguous()
+    return found.clone(memory_format=torch.preserve_format if turned else torch.contiguous_format)
+
+
+def register_batch(name: str, op: Callable[..., Any]) -> None:
+    """The rule of an op for torch.func.vmap: a call for each."""
+
+    def rule(info: Any, axes: tuple[int | None, ...], *args: Any) -> Any:
+        if info.batch_size == 0:
+            raise ValueError(f"vmap: expected at least one element along the axis that is mapped, got 0 for {op}")
+        each = [
+            op(*(_slice(arg, axis, i) for arg, axis in zip(args, axes, strict=True))) for i in range(info.batch_size)
+        ]
+        if isinstance(each[0], torch.Tensor):
+            return torch.stack(each), 0
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
+
+    torch.library.register_vmap(f"jaxmoe::{name}", rule, lib=LIBRARY)
+
+
 def define(
     schema: str,
     *,
@@ -62,4 +89,7 @@ def define(
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         torch.library.register_autograd(f"jaxmoe::{name}", once(backward), setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.jaxmoe, name).default
+    op = getattr(torch.ops.jaxmoe, name).default
+    if "!" not in schema:
+        register_batch(name, op)
+    return op

@@ -170,15 +170,83 @@ def test_tangents_are_refused(way: str) -> None:
             torch.func.jvp(run, (X,), (X,))
 
 
+@pytest.mark.parametrize("name", differentiable())
+def test_vmap(name: str) -> None:
+    """Also where an item of the batch begins or lies where JAX cannot view it, and with gradients behind."""
+    run, inputs = differentiable()[name]
+    first, *rest = (tensor[..., :6] if name == "route" else tensor for tensor in inputs)
+    config = bridge.RoutingConfig(num_experts=6, top_k=2)
+    if name == "route":
+        run = lambda logits: bridge.route(logits, config=config).weights
+    several = torch.stack([first, 2 * first, -first])
+    wanted = torch.stack([run(x.clone(), *rest) for x in several])
+    for axis in range(several.ndim):
+        lying = several.movedim(0, axis).contiguous().requires_grad_()
+        found = torch.func.vmap(lambda x: run(x, *rest), in_dims=axis)(lying)
+        torch.testing.assert_close(found, wanted)
+        (gradient,) = torch.autograd.grad(found.square().sum(), lying)
+        one = several[1].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(run(one, *rest).square().sum(), one)
+        torch.testing.assert_close(gradient.select(axis, 1), expected)
+
+
+def test_vmap_of_more() -> None:
+    """Batches of batches, of weights that lie transposed, of ids; none at all."""
+    vmap = torch.func.vmap
+    route = lambda logits: bridge.route(logits, config=bridge.RoutingConfig(num_experts=7, top_k=2)).weights
+    logits = numbers(2, 3, 5, 7)
+    torch.testing.assert_close(vmap(vmap(route))(logits), route(logits.view(-1, 7)).view(2, 3, 5, 2))
+    gate_up, down, rows = numbers(3, 8, 6, 7).mT, numbers(3, 8, 7, 3).mT, numbers(10, 7)
+    found = vmap(lambda *stack: bridge.experts(rows, *stack, PLAN.group_sizes))(gate_up, down)
+    alone = [bridge.experts(rows, gate_up[i].contiguous(), down[i].contiguous(), PLAN.group_sizes) for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(alone))
+    several = torch.stack([IDS, IDS.flip(0)])[:, :3].contiguous()
+    plans = vmap(lambda ids: tuple(bridge.plan_dispatch(ids, 8)))(several)
+    for i, ids in enumerate(several):
+        assert all(torch.equal(a[i], b) for a, b in zip(plans, bridge.plan_dispatch(ids.clone(), 8), strict=True))
+    loads = torch.arange(14, dtype=torch.int32).view(2, 7)
+    found = vmap(lambda load: bridge.update_bias(torch.zeros(7), load, rate=0.5))(loads)
+    assert torch.equal(found, torch.stack([bridge.update_bias(torch.zeros(7), x.clone(), rate=0.5) for x in loads]))
+    with pytest.raises(ValueError, match=r"^vmap: expected at least one element"):
+        vmap(route)(numbers(0, 5, 7))
+
+
+def test_vmap_does_not_mend_what_is_given() -> None:
+    """An odd address of a tensor that is not mapped is the caller's own."""
+    with pytest.raises(ValueError, match=r"^weight: expected an address"):
+        torch.func.vmap(lambda x: bridge.router_logits(x, unaligned(ROUTER)))(numbers(3, 5, 32))
+
+
+@pytest.mark.parametrize("name", differentiable())
+def test_functional_gradients_are_refused(name: str) -> None:
+    """torch.func has no gradient of an op that is registered as a library's: in our words, by the argument's name."""
+    run, inputs = differentiable()[name]
+    names = {"route": ("logits",), "dispatch": ("x",), "combine": ("x", "weights"), "moe": ("x", "router")}
+    for i, argument in enumerate(names.get(name, ("x" if name == "router_logits" else "rows",))):
+        loss = lambda x, i=i: run(*inputs[:i], x, *inputs[i + 1 :]).sum()
+        for transformed in (
+            torch.func.grad(loss),
+            torch.func.jacrev(loss),
+            torch.func.grad(lambda x, loss=loss: torch.func.vmap(loss)(torch.stack([x, x])).sum()),
+        ):
+            with pytest.raises(ValueError, match=rf"^{argument}: expected a tensor that torch.func takes no gradient"):
+                transformed(inputs[i])
+    constant = torch.func.grad(lambda x: (x * run(*inputs).sum()).sum())(torch.ones(3))
+    torch.testing.assert_close(constant, run(*inputs).sum().expand(3))
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_batched_gradients(create_graph: bool, way: str) -> None:
     """As a vectorised jacobian asks for them; where its own derivative might be wanted that is refused."""
-    if way == "dlpack":
-        pytest.skip("torch batches no gradient of what goes through DLPack")
     x, seeds = X.clone().requires_grad_(), numbers(3, 5, 8)
     y = bridge.router_logits(x, ROUTER)
     ask = lambda: torch.autograd.grad(y, x, seeds, is_grads_batched=True, create_graph=create_graph)[0]
-    if create_graph:
+    if way == "dlpack":
+        with pytest.raises(ValueError, match=r"^gradient: expected one, got a batch of them"):
+            ask()
+        with pytest.raises(ValueError, match=r"^gradient: expected one, got a batch of them"):
+            torch.autograd.functional.jacobian(lambda x: bridge.router_logits(x, ROUTER), X, vectorize=True)
+    elif create_graph:
         with pytest.raises(RuntimeError, match=r"^jaxmoe: expected a first derivative"):
             ask()
     else:
