@@ -141,7 +141,8 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
     """Whether a call on this tensor goes through the torch ops.
 
     With implementation=None: on a GPU that the kernels run on, and wherever torch traces (torch.compile, fake tensors,
-    make_fx, torch.jit.trace) or transforms (torch.func), since what goes to JAX would be a constant there.
+    make_fx, torch.jit.trace) or transforms (torch.func), since what goes to JAX would be a constant there. And of meta
+    tensors, of which an op says the shapes.
     "native" asks for it; raises ValueError where the tensor is not on such a GPU. Every other name is a matter of JAX.
     """
     if implementation is None:
@@ -151,7 +152,7 @@ def takes_ops(tensor: Any, implementation: str | None) -> bool:
         if kind not in _PLAIN:
             return isinstance(tensor, torch.Tensor)
         # Ops on a GPU that the kernels do not run on are refused: what watches does not see what JAX does there.
-        return runs_natively(tensor) or (not tensor.is_cuda and _is_watched())
+        return runs_natively(tensor) or (not tensor.is_cuda and (tensor.is_meta or _is_watched()))
     if implementation != "native":
         return False
     if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:

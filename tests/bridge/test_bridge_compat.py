@@ -336,6 +336,16 @@ def test_inference_mode(function: Any) -> None:
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("function", SIGNATURES, ids=NAME)
+def test_meta_tensors(function: Any) -> None:
+    """Shapes and dtypes alone."""
+    meta = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value
+    wanted = function(**arguments(function))
+    found = function(**{name: meta(value) for name, value in arguments(function).items()})
+    for a, b in zip(found or (), wanted or (), strict=True):
+        assert (a is None and b is None) or (a.is_meta and a.shape == b.shape and a.dtype == b.dtype)
+
+
 def step(x: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Everything that an engine calls, in its order."""
     weights, chosen = vllm.grouped_topk(x, logits, K, True, 2, 2, e_score_correction_bias=bias)

@@ -15,6 +15,7 @@ import bridge
 from bridge import path
 from bridge.compat import vllm
 from bridge.ops.layer import weighted
+from tests.bridge.calls import FUNCTIONS, WITH_OUT, arguments, leaves, options, tensors
 
 CONFIG = bridge.RoutingConfig(num_experts=8, top_k=2)
 
@@ -125,6 +126,35 @@ def test_tensors_without_memory() -> None:
     with pytest.raises(ValueError, match=r"^tensor: expected a tensor with memory of its own"):
         bridge.to_jax(x)
     assert bridge.router_logits(x, router).shape == (5, 8), "all fake"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_meta_tensors(name: str) -> None:
+    """Shapes and dtypes alone, as of a model that is made before its weights are there."""
+    function, given, how = getattr(bridge, name), arguments(name), options(name)
+    wanted, found = (function(**tensors(given, torch.device(device)), **how) for device in ("cpu", "meta"))
+    for a, b in zip(leaves(found), leaves(wanted), strict=True):
+        assert a.is_meta
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    meta = tensors(given, torch.device("meta"))
+    if name in WITH_OUT:
+        again = function(**meta, **how, out=found)
+        assert all(a is b for a, b in zip(leaves(again), leaves(found), strict=True))
+    if name != "update_bias":
+        with pytest.raises(ValueError, match=r"expected a dense tensor on a CPU or GPU, got torch.strided on meta"):
+            function(**meta, **{**how, "implementation": "xla"})
+        with pytest.raises(ValueError, match=r"^implementation: 'native' needs tensors on a GPU, got one on meta"):
+            function(**meta, **{**how, "implementation": "native"})
+
+
+@pytest.mark.parametrize("name", differentiable())
+def test_gradients_of_meta_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "PLAN", bridge.DispatchPlan(*(tensor.to("meta") for tensor in PLAN)))
+    run, inputs = differentiable()[name]
+    given = [tensor.to("meta").requires_grad_() for tensor in inputs]
+    for gradient, leaf in zip(torch.autograd.grad(run(*given).sum(), given), given, strict=True):
+        assert gradient.is_meta
+        assert (gradient.shape, gradient.dtype) == (leaf.shape, leaf.dtype)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
