@@ -18,7 +18,10 @@ from typing import Any
 
 from benchmarks import record, report
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+# Whether this is the repository, and not an installed package, whose folder is not the user's to write to.
+IS_SOURCE = (ROOT / "pyproject.toml").exists()
+RESULTS = ROOT / "benchmarks" / "results" if IS_SOURCE else Path("jaxmoe-bench")
 # What --only may name: module and function. The last two measure by themselves.
 KINDS = {
     "route": ("benchmarks.routing", "routes"),
@@ -39,7 +42,7 @@ ALONE = ("host", "huggingface")
 def _said(*command: str) -> str:
     """What a command prints, or "unknown"."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
@@ -63,7 +66,7 @@ def _machine(commit: str | None, note: str) -> dict[str, Any]:
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
         "versions": {name: _version(name) for name in ("jax", "torch", "triton", "transformers")} | peers.found(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or _said("git", "describe", "--always", "--dirty"),
+        "commit": commit or (_said("git", "describe", "--always", "--dirty") if IS_SOURCE else _version("jaxmoe")),
         "note": note,
         "copy_bytes_per_second": timing.copy_bandwidth(),
         "matmul_flops_per_second": timing.matmul_rate(),
@@ -81,11 +84,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=_names, default=None, metavar="NAME,...", help=f"some of {', '.join(KINDS)} (default: all)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=None, help="the JSON file to write (default: in benchmarks/results)"
-    )
+    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write (default: in {RESULTS})")
     parser.add_argument("--append", action="store_true", help="add to what that file holds, in place of the same sizes")
-    parser.add_argument("--commit", default=None, help="what is measured (default: git describe)")
+    parser.add_argument("--commit", default=None, help="what is measured (default: git describe, or the version)")
     parser.add_argument("--note", default="peers as installed", help="kept with the results, such as the peers' source")
     arguments = parser.parse_args(argv)
     if arguments.only is None:
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import torch
     except ModuleNotFoundError:
-        return _refuse("bench needs torch, which times the kernels and the peers in CUDA graphs")
+        return _refuse("bench needs torch, which times in CUDA graphs: pip install 'jaxmoe[bench]'")
     if not torch.cuda.is_available():
         return _refuse("bench needs a CUDA or ROCm GPU that torch sees: here is none, so there is nothing to time")
     from bridge.native.build import target_of

@@ -21,6 +21,13 @@ Example:
   tensor([[3., 5.]])
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise  # torch is here, and misses something itself
+    raise ModuleNotFoundError("bridge needs torch: pip install 'jaxmoe[torch]'", name="torch") from error
+
 from bridge.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from bridge.experts import experts, grouped_matmul
 from bridge.layer import MoEParams, moe

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,8 +96,74 @@ def test_every_package_is_packed_and_type_checked() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert settings["setuptools"]["packages"]["find"]["include"] == [f"{name}*" for name in OURS]
     assert settings["mypy"]["packages"] == list(OURS)
+    typed = {path.parent.name for path in ROOT.glob("*/py.typed")}
+    assert typed == {*OURS} - {"benchmarks"}, "the API is typed"
 
 
+def test_distributions(tmp_path: Path) -> None:
+    """The source's tests can be run, from its files alone; what is installed says that it is typed, and has no more."""
+    pytest.importorskip("setuptools", minversion="77", reason="needs what pyproject.toml builds with")
+    source, built = tmp_path / "source", tmp_path / "built"
+    left_out = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "*_output")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    built.mkdir()
+    build = f"from setuptools import build_meta as b; b.build_sdist({str(built)!r}); b.build_wheel({str(built)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    with tarfile.open(sdist) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    code = {str(path) for path in files if path.parts[0] in OURS and path.suffix == ".py"}
+    beside = {str(path) for path in files if path.parts[0] in ("tests", "docs", "examples")}
+    assert code | beside | {"README.md", "LICENSE", "Makefile", "pyproject.toml"} <= held
+    assert not [name for name in held if "__pycache__" in name or name.startswith("benchmarks/results")]
+
+    with zipfile.ZipFile(wheel) as file:
+        installed = {name for name in file.namelist() if ".dist-info/" not in name}
+        file.extractall(tmp_path / "site")
+    assert installed == code | {f"{name}/py.typed" for name in OURS if name != "benchmarks"}
+
+    where = "from benchmarks import bench; print(bench.ROOT, bench.RESULTS.resolve(), sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.check_output([sys.executable, "-c", where], cwd=tmp_path, env=environment, text=True)
+    root, results = found.splitlines()
+    assert root == str(tmp_path / "site")
+    assert Path(results).parent == tmp_path, "results of what is installed go where the user is"
+
+
+def test_extras_bring_what_they_need() -> None:
+    """torch, where the command or the module imports it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all("jaxmoe[torch]" in extras[name] for name in ("huggingface", "bench", "demo"))
+    for module, about in COMMANDS.values():
+        needed = re.findall(r"; needs jaxmoe\[(\w+)\]$", about)
+        assert bool(needed) == (not module.startswith("jaxmoe.")), about
+        assert set(needed) <= set(extras)
+
+
+def test_without_torch() -> None:
+    """What needs it says which extra brings it."""
+    remedy = "torch is not installed: pip install 'jaxmoe[{}]'"
+    _run_without(
+        ("torch",),
+        "import contextlib, io\n"
+        "from jaxmoe.__main__ import main\n"
+        "for command, extra in (('audit', 'torch'), ('demo', 'demo')):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try: main([command, '--help'])\n"
+        "        except SystemExit as stopped: assert stopped.code == 2\n"
+        f"    assert {remedy!r}.format(extra) in said.getvalue(), said.getvalue()\n"
+        "for module in ('bridge', 'bridge.compat.vllm'):\n"
+        "    try: __import__(module)\n"
+        "    except ModuleNotFoundError as error: found = error\n"
+        "    assert str(found) == \"bridge needs torch: pip install 'jaxmoe[torch]'\", found\n"
+        "    assert found.name == 'torch'\n",
+    )
+
+
+RESULTS = ROOT / "benchmarks" / "results"  # which a source distribution does not have
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("README.md")]
 
 
@@ -105,6 +175,8 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
+        if not RESULTS.exists() and target.resolve().is_relative_to(RESULTS):
+            continue
         assert target.exists(), f"{link}: no such file"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
@@ -112,10 +184,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in names, f"{link}: no such heading"
 
 
+@pytest.mark.skipif(not RESULTS.exists(), reason="a source distribution has no results")
 def test_pages_name_results_that_are_there() -> None:
     for page in PAGES:
         for folder in re.findall(r"\bh[12]00-20\d\d-\d\d-\d\d(?:-[a-z]+)?", page.read_text()):
-            assert (ROOT / "benchmarks" / "results" / folder).is_dir(), f"{page}: {folder}"
+            assert (RESULTS / folder).is_dir(), f"{page}: {folder}"
 
 
 def test_info_lists_every_function(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +216,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"jaxmoe {jaxmoe.__version__}\n"
 
 
 def _readme_blocks() -> list[str]:

@@ -115,6 +115,8 @@ def test_readme_and_pictures(data: dict[str, Any], tmp_path: Path, monkeypatch: 
 
 def test_results_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All files in the repository can be read, those of the first form too."""
+    if not (ROOT / "benchmarks" / "results").exists():
+        pytest.skip("a source distribution has no results")
     files = sorted((ROOT / "benchmarks" / "results").glob("*/bench.json"))
     assert files
     assert any("runs" not in json.loads(file.read_text()) for file in files)
