@@ -132,9 +132,10 @@ def check_close(got: Tensor, want: Tensor, limit: float, what: str) -> None:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The norm of the difference over that of what is wanted."""
+    """The norm of the difference over that of what is wanted; zero where both are nothing but zeros."""
     want = want.float()
-    return float((got.float() - want).norm() / want.norm())
+    off, size = float((got.float() - want).norm()), float(want.norm())
+    return off / size if size else (0.0 if off == 0 else float("inf"))
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -300,6 +300,11 @@ def test_check_of_plan_and_rows() -> None:
     for wrong in (sums * 0, sums * torch.nan, sums.flip(0)):
         with pytest.raises(AssertionError, match="sums, relative error"):
             stated.check_close(wrong, sums, 1e-2, "sums")
+    nothing = torch.zeros(2, 1)
+    stated.check_close(nothing, nothing, 1e-2, "sums of no rows")
+    for wrong in (sums, nothing + torch.nan):
+        with pytest.raises(AssertionError, match="sums of no rows, relative error inf"):
+            stated.check_close(wrong, nothing, 1e-2, "sums of no rows")
 
 
 def test_layer_of_torch() -> None:

@@ -90,6 +90,12 @@ def test_combine_by_token(width: int) -> None:
     np.testing.assert_allclose(got, oracle, rtol=1e-5, atol=1e-5)
 
 
+def test_columns_that_combine_takes() -> None:
+    """As measured on H100s and an H200."""
+    columns = [combine.config_for(tokens, 8, 7168, jnp.bfloat16, "cuda").columns for tokens in (1, 64, 65, 40960)]
+    assert columns == [256, 256, 512, 512]
+
+
 @pytest.mark.parametrize("end", [0, 7, 15])
 def test_combine_up_to_an_end(end: int) -> None:
     """Rows at or past it add nothing, as if they had been dropped, even where they hold NaN."""
