@@ -63,7 +63,7 @@ WRONG = {
     "logits device": (
         "route",
         lambda: {"logits": torch.zeros(5, 8, device="meta")},
-        "logits: .* CPU or GPU, got .* meta",
+        "bias: expected the device of the first argument, meta, got cpu",
     ),
     "logits columns apart": ("route", lambda: {"logits": torch.zeros(5, 16)[:, ::2]}, "logits: expected rows that lie"),
     "logits broadcast": ("route", lambda: {"logits": torch.zeros(8).expand(5, 8)}, r"logits: .* got strides \(0, 1\)"),
