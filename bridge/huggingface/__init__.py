@@ -2,7 +2,8 @@
 
 `patch(model)` puts the routers and experts of a whole model on jaxmoe. Importing this package also registers "jaxmoe"
 with transformers' experts interface: `from_pretrained(..., experts_implementation="jaxmoe")` runs the experts alone,
-behind whatever router the model has, and serves every model whose experts follow that interface.
+behind whatever router the model has, and serves every model whose experts follow that interface, also of families
+that `patch` does not know, sharded for tensor parallelism, or under PEFT.
 
 It needs transformers 5.13 or newer: before, most routers returned logits alone and the layers chose the experts.
 
@@ -24,11 +25,9 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import functools
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -40,24 +39,36 @@ if Version(transformers.__version__) < Version(OLDEST):  # before anything of it
     raise ImportError(f"transformers: expected version {OLDEST} or newer, got {transformers.__version__}")
 
 from bridge.checks import FLOATS  # noqa: E402
-from bridge.huggingface.fold import copy_dense, fold, is_dense, like, num_foldable  # noqa: E402
-from bridge.huggingface.forward import experts_forward, forward_fused, forward_router  # noqa: E402
+from bridge.huggingface.fold import fold, num_foldable, refuse_sharded, unfold  # noqa: E402
+from bridge.huggingface.forward import experts_forward  # noqa: E402
+from bridge.huggingface.modules import (  # noqa: E402
+    Block,
+    Dense,
+    Experts,
+    Router,
+    is_fused,
+    is_patched,
+    own_tensors,
+    put,
+    take,
+)
 from jaxmoe import RoutingConfig  # noqa: E402
 
-__all__ = ["Patch", "experts_forward", "patch"]
+__all__ = ["Patch", "experts_forward", "patch", "unpatch"]
 
 
 class Patch(AbstractContextManager["Patch"]):
     """What `patch` returns. Leaving it as a context manager restores the model; it is entered once."""
 
-    def __init__(self, undo: ExitStack) -> None:
-        self._undo = undo
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._used = ""
 
     def restore(self) -> None:
-        """Gives the model back as it was, with the values that its parameters have by now. Once is enough."""
+        """`unpatch`, on the model that was given to `patch`. Once is enough."""
+        if self._used != "restored":  # the model may be patched anew by now
+            unpatch(self._model)
         self._used = "restored"
-        self._undo.close()
 
     def __enter__(self) -> Patch:
         if self._used:  # leaving one block restores: another would run an unpatched model
@@ -89,17 +100,19 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
         stacks are larger and the shared MLP has no weights of its own: make optimizers and DistributedDataParallel
         afterwards, and anew after `restore`. Here and there gradients of these parameters are dropped, and the
         `backward` of a loss from before raises RuntimeError, if it has not run by then. `state_dict` and
-        `load_state_dict` keep all names and shapes.
+        `load_state_dict` keep all names and shapes. With FSDP2 fuse first, then `fully_shard`, and do not restore: what
+        is sharded can be neither folded nor unfolded. `set_model_state_dict` takes sharded state dicts, and full ones
+        if every rank has them (no `broadcast_from_rank0`).
 
     Returns:
       Patch: call its `restore()`, or use it as a context manager.
 
     Raises:
       ValueError: names the argument, what was expected and what came: a model without MoE layers or of another family;
-        one that is patched, or has modules whose forward was replaced otherwise; parameters of a dtype that no kernel
-        reads (float64); a router that holds what jaxmoe cannot do; when fusing, shared experts that are not simply
-        added (Qwen3-Next), cannot be split into experts like the routed ones, or do not exist. Nothing has been changed
-        then.
+        one that is patched, or has modules that others replaced or gave another forward; parameters of a dtype that no
+        kernel reads (float64); a router that holds what jaxmoe cannot do; when fusing, shared experts that are not
+        simply added (Qwen3-Next), cannot be split into experts like the routed ones, are sharded, or do not exist.
+        Nothing has been changed then.
 
     Source: the modules of Hugging Face transformers 5.13 to 5.24.
 
@@ -112,20 +125,49 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
     """
     layers = _find_layers(model)
     if fuse_shared_experts:
-        layers = [_with_shared(layer) for layer in layers]
-    with ExitStack() as undo:
+        layers = [_with_shared(model, layer) for layer in layers]
+    try:
         for layer in layers:
-            for module in _read_by_kernels(layer).values():
-                _make_dense(module)
-                # With assign=True what is loaded lies as it did in the checkpoint.
-                undo.callback(module.register_load_state_dict_post_hook(_make_dense).remove)
-            if layer.config:
-                _replace_forward(undo, layer.router, forward_router, layer.config)
-            _replace_forward(undo, layer.experts, experts_forward)
-            if layer.config and layer.config.n_shared_experts:
-                _replace_forward(undo, layer.block, forward_fused)
-                fold(undo, layer.block)
-        return Patch(undo.pop_all())
+            _put(layer)
+    except BaseException:
+        _undo(model)
+        raise
+    return Patch(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives a model back as it was before `patch`, with the values that its parameters have by now.
+
+    It needs no handle: a copy of a patched model, or one out of a pickle, is a patched model of its own. What others
+    have put on top of a patched module, hooks, forwards or classes, stays there.
+
+    Args:
+      model: a model, or a part of one. One that is not patched stays as it is.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came: shared experts are folded into parameters that
+        have been sharded, replaced or wrapped since, or the part leaves half of such a layer. Nothing has been changed
+        then.
+
+    Example:
+      >>> import torch, bridge.huggingface
+      >>> bridge.huggingface.unpatch(torch.nn.Linear(2, 2))
+    """
+    patched = {name: module for name, module in model.named_modules() if is_patched(module)}
+    fused: dict[str, Any] = {name: module for name, module in patched.items() if is_fused(module)}
+    _check_parts(patched, fused)
+    for name, block in fused.items():
+        refuse_sharded("model", model, name, block)
+    _undo(model)
+
+
+def _undo(model: nn.Module) -> None:
+    patched: list[Any] = [module for module in model.modules() if is_patched(module)]
+    for module in patched:
+        if is_fused(module):
+            unfold(module, module._jaxmoe)
+    for module in patched:
+        take(module)
 
 
 class _Layer(NamedTuple):
@@ -143,9 +185,14 @@ def _find_layers(model: nn.Module) -> list[_Layer]:
     for name, block in model.named_modules():
         experts: Any = getattr(block, "experts", None)
         router = getattr(block, "gate", getattr(block, "router", None))
-        if not (isinstance(router, nn.Module) and hasattr(experts, "is_concatenated")):
+        if not isinstance(router, nn.Module) or not isinstance(experts, nn.Module) or not _has_experts(experts):
             continue
-        config = _routing(experts.config)
+        if not hasattr(experts, "is_concatenated"):
+            raise ValueError(
+                f"model: expected modules of transformers.models, got {_kind(experts)} around the experts in {name!r}; "
+                f"patch before they are wrapped, or {_ALONE}"
+            )
+        config = _routing(experts.config, _ALONE)
         for module in (block, router, experts):
             _check_module(name, module)
         layer = _Layer(name, block, router, experts, None)
@@ -154,18 +201,31 @@ def _find_layers(model: nn.Module) -> list[_Layer]:
         _check_dtypes(layer)
         layers.append(layer)
     if not layers:
+        alone = _ALONE if _has_experts(model) else ""
         if hasattr(model, "config"):
-            _routing(model.config)
-        got = f"{type(model).__name__} without any"
+            _routing(model.config, alone)
+        got = f"{type(model).__name__} without any" + (f" that has a router; {alone}" if alone else "")
         raise ValueError(f"model: expected a transformers model with MoE layers, got {got}")
     return layers
 
 
-def _routing(hf_config: Any) -> RoutingConfig:
+# What serves every model whose experts follow transformers' interface.
+_ALONE = 'run the experts alone, by experts_implementation="jaxmoe" or model.set_experts_implementation("jaxmoe")'
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(hasattr(part, "is_concatenated") for part in module.modules())
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _routing(hf_config: Any, alone: str) -> RoutingConfig:
     try:
         return RoutingConfig.from_hf(hf_config)
     except ValueError as error:
-        raise ValueError(f"model: {error}") from error
+        raise ValueError(f"model: {error}" + (f"; {alone}" if alone else "")) from error
 
 
 # What routers hold of a RoutingConfig, and what they call it: they read their config once, when they are made.
@@ -206,7 +266,7 @@ def _held(name: str, router: Any, config: RoutingConfig) -> RoutingConfig:
 def _check_dtypes(layer: _Layer) -> None:
     """Raises ValueError where no kernel reads a parameter or buffer of the layer."""
     for path, module in _read_by_kernels(layer).items():
-        for name, tensor in _own_tensors(module):
+        for name, tensor in own_tensors(module):
             if tensor.dtype not in FLOATS:
                 wanted = " or ".join(map(str, FLOATS))
                 got = f"{tensor.dtype} in {f'{path}.{name}'.lstrip('.')!r}"
@@ -215,18 +275,49 @@ def _check_dtypes(layer: _Layer) -> None:
 
 def _check_module(name: str, module: nn.Module) -> None:
     """Raises ValueError where a module's forward pass is not the one that we know."""
-    kind = type(module)
-    if not kind.__module__.startswith("transformers.models."):
-        got = f"{kind.__module__}.{kind.__name__} in {name!r}"
+    known, where = "expected modules with the forward of their class", f"the {type(module).__name__} in {name!r}"
+    if not type(module).__module__.startswith("transformers.models."):
+        got = f"{_kind(module)} in {name!r}"
         raise ValueError(f"model: expected modules of transformers.models, got {got}")
-    if "forward" in vars(module):
-        got = f"another one on the {kind.__name__} in {name!r}"
-        raise ValueError(f"model: expected modules with the forward of their class, got {got}; restore it first")
+    if is_patched(module):
+        raise ValueError(f"model: {known}, got that of jaxmoe on {where}; restore it first")
+    if (forward := vars(module).get("forward")) is not None:
+        raise ValueError(f"model: {known}, got one of {_origin(forward)} on {where}; restore it first, or {_ALONE}")
 
 
-def _with_shared(layer: _Layer) -> _Layer:
+def _origin(forward: Any) -> str:
+    """The module of Python in which a function was made, whatever name functools.wraps has given it."""
+    while (inner := getattr(forward, "func", getattr(forward, "__func__", None))) is not None:
+        forward = inner
+    return str(getattr(forward, "__globals__", {}).get("__name__", type(forward)))
+
+
+def _check_parts(patched: dict[str, Any], fused: dict[str, Any]) -> None:
+    """Raises ValueError where half of a layer with folded shared experts would be left."""
+    inside = {module for block in fused.values() for module in block.modules()}
+    for name, module in patched.items():
+        if not isinstance(module, Router | Experts) or module in inside:
+            continue
+        if module._jaxmoe.n_shared_experts if isinstance(module, Router) else module._jaxmoe:
+            got = f"{type(module).__name__} in {name!r} alone"
+            raise ValueError(f"model: expected whole layers where shared experts are folded, got {got}")
+
+
+def _put(layer: _Layer) -> None:
+    for module in _read_by_kernels(layer).values():
+        if module not in (layer.block, layer.router, layer.experts):
+            put(module, Dense, ())
+    if layer.config:
+        put(layer.router, Router, layer.config)
+    kept = fold(layer.block) if layer.config and layer.config.n_shared_experts else []
+    put(layer.experts, Experts, kept)
+    put(layer.block, Block, kept)
+
+
+def _with_shared(model: nn.Module, layer: _Layer) -> _Layer:
     if layer.config is None:
         return layer
+    refuse_sharded("fuse_shared_experts", model, layer.name, layer.block)
     config = dataclasses.replace(layer.config, n_shared_experts=num_foldable(layer.name, layer.block))
     return layer._replace(config=config)
 
@@ -235,23 +326,3 @@ def _read_by_kernels(layer: _Layer) -> dict[str, nn.Module]:
     """The modules whose own parameters and buffers kernels read, by their paths."""
     read = [layer.block, layer.experts, *(layer.router.modules() if layer.config else ())]
     return {path: module for path, module in layer.block.named_modules(prefix=layer.name) if module in read}
-
-
-def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
-def _make_dense(module: nn.Module, _: Any = None) -> None:
-    """Makes what a module holds contiguous, and readable for JAX on a CPU; the objects stay the same.
-
-    Also a hook of `load_state_dict`.
-    """
-    for _name, tensor in _own_tensors(module):
-        if not is_dense(tensor):
-            with like(tensor):
-                tensor.data = copy_dense(tensor.data)
-
-
-def _replace_forward(undo: ExitStack, module: nn.Module, forward: Any, *options: Any) -> None:
-    module.forward = functools.partial(forward, module, *options)
-    undo.callback(delattr, module, "forward")

@@ -6,7 +6,7 @@ A shared MLP that is s times as wide as an expert is s experts side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,6 +43,31 @@ def num_foldable(name: str, block: Any) -> int:
         if kind(weight) != kind(experts.down_proj):
             raise fail(f"shared experts like the routed ones, {kind(experts.down_proj)}", kind(weight))
     return int(width // inner)
+
+
+def refuse_sharded(argument: str, model: nn.Module, name: str, block: Any) -> None:
+    """Raises ValueError where the weights of a layer are anything but its own: FSDP and others hold them, too."""
+    fail = lambda got, where: ValueError(
+        f"{argument}: expected parameters that are neither sharded nor of another kind than torch.nn.Parameter, "
+        f"got {got} in {where!r}; fuse shared experts before fully_shard, and restore them before or never"
+    )
+    for path, module in model.named_modules():
+        around = path == "" or f"{name}.".startswith(f"{path}.")
+        if (around or path.startswith(f"{name}.")) and _is_fsdp(module):  # whose parameters may be whole for a while
+            raise fail(type(module).__name__, path)
+    if not hasattr(block.experts, "is_concatenated"):  # something is around them
+        raise fail(type(block.experts).__name__, f"{name}.experts".lstrip("."))
+    for path, parameter in block.named_parameters():
+        if path.startswith(("experts.", "shared_experts.")) and type(parameter) is not nn.Parameter:
+            raise fail(type(parameter).__name__, f"{name}.{path}".lstrip("."))
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Of either FSDP, whether or not this torch has it."""
+    return any(
+        kind.__module__.startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))
+        for kind in type(module).__mro__
+    )
 
 
 def _stacks(experts: Any) -> Stacks:
@@ -108,9 +133,9 @@ def _refuse(*_: Any) -> None:
     )
 
 
-def fold(undo: ExitStack, block: Any) -> None:
-    """Moves the shared experts into the stacks of the routed ones, for good until undone."""
-    kept = []
+def fold(block: Any) -> list[nn.Parameter]:
+    """Moves shared experts into the stacks of the routed ones. Returns their weights, without data, for `unfold`."""
+    kept: list[nn.Parameter] = []
     for stack, parts in _stacks(block.experts).items():
         linears = [getattr(block.shared_experts, part) for part in parts]
         routed = getattr(block.experts, stack)
@@ -120,12 +145,11 @@ def fold(undo: ExitStack, block: Any) -> None:
                 kept.append(linear.weight)  # the object that comes back
                 _set(linear.weight, linear.weight.data.new_empty(0))
                 linear.register_parameter("weight", None)
-    undo.callback(_unfold, block, kept)
-    undo.callback(block.register_state_dict_post_hook(_save_folded).remove)
-    undo.callback(block.register_load_state_dict_pre_hook(_load_folded).remove)
+    return kept
 
 
-def _unfold(block: Any, kept: list[nn.Parameter]) -> None:
+def unfold(block: Any, kept: list[nn.Parameter]) -> None:
+    """Undoes `fold`, and leaves nothing in the list."""
     weights = iter(kept)
     for stack, parts in _stacks(block.experts).items():
         folded = getattr(block.experts, stack)
@@ -137,6 +161,7 @@ def _unfold(block: Any, kept: list[nn.Parameter]) -> None:
                 weight.requires_grad_(folded.requires_grad)
                 _set(weight, value)
                 getattr(block.shared_experts, part).weight = weight
+    kept.clear()
 
 
 def _num_routed(block: Any) -> int:
@@ -148,27 +173,21 @@ def _keys(prefix: str, stack: str, parts: Sequence[str]) -> list[str]:
     return [f"{prefix}experts.{stack}", *(f"{prefix}shared_experts.{part}.weight" for part in parts)]
 
 
-def _save_folded(block: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A hook of `state_dict`: the names and shapes of a layer that is not folded."""
+def save_folded(block: Any, state: dict[str, Any], prefix: str) -> None:
+    """Gives a layer's state dict the names and shapes of one that is not folded."""
     for stack, parts in _stacks(block.experts).items():
         keys = _keys(prefix, stack, parts)
         state.update(zip(keys, _split(stack, state[keys[0]], _num_routed(block), len(parts)), strict=True))
 
 
-def _load_folded(
-    block: Any,
-    state: dict[str, Any],
-    prefix: str,
-    _: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """A hook of `load_state_dict`: takes the names and shapes of a layer that is not folded."""
+def load_folded(block: Any, state: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]) -> None:
+    """Takes the names and shapes of a layer that is not folded out of a state dict, and puts in those of one that is.
+
+    Where a stack is sharded, all ranks come here, each with its shards of what is loaded or with all of it.
+    """
     for stack, parts in _stacks(block.experts).items():
-        keys = _keys(prefix, stack, parts)
-        now = _split(stack, getattr(block.experts, stack).data, _num_routed(block), len(parts))
+        keys, folded = _keys(prefix, stack, parts), getattr(block.experts, stack)
+        now = _split(stack, _whole(folded.data), _num_routed(block), len(parts))
         given = [state.pop(key, None) for key in keys]
         found = [value for value in given if value is not None]
         missing_keys += [
@@ -181,5 +200,23 @@ def _load_folded(
         ]
         error_msgs += wrong
         if found and not wrong:
-            routed, *shared = (old.to(found[0]) if v is None else v for v, old in zip(given, now, strict=True))
-            state[keys[0]] = _join(stack, routed, shared)
+            routed, *shared = (
+                old.to(found[0]) if v is None else _whole(v).to(found[0].device)
+                for v, old in zip(given, now, strict=True)
+            )
+            state[keys[0]] = _shard(_join(stack, routed, shared), folded)
+
+
+def _whole(value: Any) -> torch.Tensor:
+    """All of a value of which this process may have a shard."""
+    whole: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _shard(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """A value as its parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # not in every torch
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

@@ -19,6 +19,7 @@ from bridge.ops import layer as layer_ops
 
 transformers = pytest.importorskip("transformers", minversion="5.13")
 from bridge.huggingface import patch  # noqa: E402
+from bridge.huggingface.modules import is_patched  # noqa: E402
 from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     assert_same_model,
     layers_of,
@@ -203,11 +204,11 @@ def test_handle_is_entered_once() -> None:
     with handle:
         with pytest.raises(RuntimeError, match=r"^Patch: expected a new one for each block, got one .* entered"):
             handle.__enter__()
-        assert "forward" in vars(layers_of(model)[0].gate)
+        assert is_patched(layers_of(model)[0].gate)
     with pytest.raises(RuntimeError, match=r"^Patch: expected a new one for each block, got one .* restored"), handle:
         pass
     with patch(model):
-        assert "forward" in vars(layers_of(model)[0].gate)
+        assert is_patched(layers_of(model)[0].gate)
 
 
 # What a router holds and how it routes by that, whatever its config says.
@@ -318,7 +319,7 @@ def test_part_of_a_model() -> None:
     model = make("qwen3_moe")
     expected = logits_of(model)
     with patch(model.model.layers[1]):
-        assert ["forward" in vars(layer.gate) for layer in layers_of(model)] == [False, True]
+        assert [is_patched(layer.gate) for layer in layers_of(model)] == [False, True]
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -378,7 +379,7 @@ def test_refused(message: str) -> None:
     model = REFUSED[message]()
     with pytest.raises(ValueError, match=f"^model: .*expected .*{message}"):
         patch(model)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(is_patched(module) for module in model.modules())
 
 
 # The experts interface alone: experts of transformers, by module, class, config class and its fields.
