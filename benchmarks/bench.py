@@ -84,7 +84,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=_names, default=None, metavar="NAME,...", help=f"some of {', '.join(KINDS)} (default: all)"
     )
-    parser.add_argument("--output", type=Path, default=None, help=f"the JSON file to write (default: in {RESULTS})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="the JSON file to write (default: in the sources' benchmarks/results; installed, in ./jaxmoe-bench)",
+    )
     parser.add_argument("--append", action="store_true", help="add to what that file holds, in place of the same sizes")
     parser.add_argument("--commit", default=None, help="what is measured (default: git describe, or the version)")
     parser.add_argument("--note", default="peers as installed", help="kept with the results, such as the peers' source")
