@@ -47,19 +47,20 @@ def num_foldable(name: str, block: Any) -> int:
 
 def refuse_sharded(argument: str, model: nn.Module, name: str, block: Any) -> None:
     """Raises ValueError where the weights of a layer are anything but its own: FSDP and others hold them, too."""
-    fail = lambda got, where: ValueError(
+    order = "fuse shared experts before fully_shard, and restore them before or never"
+    fail = lambda got, where, advice: ValueError(
         f"{argument}: expected parameters that are neither sharded nor of another kind than torch.nn.Parameter, "
-        f"got {got} in {where!r}; fuse shared experts before fully_shard, and restore them before or never"
+        f"got {got} in {where!r}; {advice}"
     )
     for path, module in model.named_modules():
-        around = path == "" or f"{name}.".startswith(f"{path}.")
-        if (around or path.startswith(f"{name}.")) and _is_fsdp(module):  # whose parameters may be whole for a while
-            raise fail(type(module).__name__, path)
+        around, inside = not path or f"{name}.".startswith(f"{path}."), not name or path.startswith(f"{name}.")
+        if (around or inside) and _is_fsdp(module):  # whose parameters may be whole for a while
+            raise fail(type(module).__name__, path, order)
     if not hasattr(block.experts, "is_concatenated"):  # something is around them
-        raise fail(type(block.experts).__name__, f"{name}.experts".lstrip("."))
+        raise fail(type(block.experts).__name__, f"{name}.experts".lstrip("."), "take it away first")
     for path, parameter in block.named_parameters():
         if path.startswith(("experts.", "shared_experts.")) and type(parameter) is not nn.Parameter:
-            raise fail(type(parameter).__name__, f"{name}.{path}".lstrip("."))
+            raise fail(type(parameter).__name__, f"{name}.{path}".lstrip("."), order)
 
 
 def _is_fsdp(module: nn.Module) -> bool:
@@ -173,8 +174,16 @@ def _keys(prefix: str, stack: str, parts: Sequence[str]) -> list[str]:
     return [f"{prefix}experts.{stack}", *(f"{prefix}shared_experts.{part}.weight" for part in parts)]
 
 
+def _refuse_wrapped(block: Any) -> None:
+    """Raises ValueError where something is around the experts: what it adds (LoRA's, say) fits no plain layer."""
+    if not hasattr(block.experts, "is_concatenated"):
+        got = f"{type(block.experts).__name__} around those of {type(block).__name__}"
+        raise ValueError(f"state_dict: expected bare experts while shared experts are folded into them, got {got}")
+
+
 def save_folded(block: Any, state: dict[str, Any], prefix: str) -> None:
     """Gives a layer's state dict the names and shapes of one that is not folded."""
+    _refuse_wrapped(block)
     for stack, parts in _stacks(block.experts).items():
         keys = _keys(prefix, stack, parts)
         state.update(zip(keys, _split(stack, state[keys[0]], _num_routed(block), len(parts)), strict=True))
@@ -185,6 +194,7 @@ def load_folded(block: Any, state: dict[str, Any], prefix: str, missing_keys: li
 
     Where a stack is sharded, all ranks come here, each with its shards of what is loaded or with all of it.
     """
+    _refuse_wrapped(block)
     for stack, parts in _stacks(block.experts).items():
         keys, folded = _keys(prefix, stack, parts), getattr(block.experts, stack)
         now = _split(stack, _whole(folded.data), _num_routed(block), len(parts))

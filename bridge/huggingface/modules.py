@@ -29,7 +29,7 @@ class Dense(nn.Module):
             make_dense(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        reduced = super().__reduce_ex__(protocol)
         made_of = vars(type(self)).get("_made_of")  # such a class has no name that pickle finds
         return (_new, made_of, *reduced[2:]) if made_of else reduced
 

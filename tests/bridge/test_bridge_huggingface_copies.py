@@ -271,7 +271,7 @@ def wrap_experts(layer: Any) -> None:
 
 UNKNOWN = {
     "Odd in 'model.layers.1.mlp.experts.down_proj'": replace_down,
-    "Wrapper in 'model.layers.1.mlp.experts'": wrap_experts,
+    "Wrapper in 'model.layers.1.mlp.experts'; take it away first": wrap_experts,
 }
 EXPECTED = "expected parameters that are neither sharded nor of another kind than torch.nn.Parameter, got"
 
@@ -302,6 +302,19 @@ def test_restore_refuses_what_it_cannot_unfold(got: str) -> None:
     layer.experts, experts.down_proj = experts, down
     handle.restore()
     assert_same_model(model, before)
+
+
+def test_state_dicts_refuse_wrapped_experts_while_folded() -> None:
+    """Whatever is around them would be saved in shapes that fit no plain model."""
+    model = make("deepseek_v3")
+    values = model.state_dict()
+    patch(model, fuse_shared_experts=True)
+    wrap_experts(layers_of(model)[0])
+    message = "^state_dict: expected bare experts .*, got Wrapper around those of DeepseekV3MoE$"
+    with pytest.raises(ValueError, match=message):
+        model.state_dict()
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(values)
 
 
 # Models whose routers RoutingConfig.from_hf does not know, and whose experts run all the same.

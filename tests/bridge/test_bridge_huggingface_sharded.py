@@ -62,6 +62,20 @@ def refuse_to_fuse(each_layer: bool, forward: bool) -> None:
     close(logits_of(model), expected)
 
 
+def refuse_what_is_sharded_inside() -> None:
+    """The shared experts alone, and whole for now; another layer is nobody's business."""
+    model = make("ernie4_5_moe")
+    first, second = layers_of(model)
+    fully_shard(second.shared_experts).unshard()
+    for part, name in ((model, "model.layers.1.mlp."), (second, "")):
+        got = rf"got FSDPErnie4_5_MoeMLP in '{name}shared_experts'"
+        with pytest.raises(ValueError, match=f"^fuse_shared_experts: {WHOLE}, {got}"):
+            patch(part, fuse_shared_experts=True)
+    expected = logits_of(model)
+    patch(first, fuse_shared_experts=True)
+    close(logits_of(model), expected)
+
+
 def refuse_dtensor() -> None:
     """Sharded otherwise, as for tensor parallelism."""
     model, mesh = make("deepseek_v3"), init_device_mesh("cpu", (WORLD,))
@@ -156,7 +170,12 @@ CASES: dict[str, Callable[[], None]] = {
     for forward in (False, True)
 }
 CASES |= {f"load {name}": lambda options=options: load(options) for name, options in OPTIONS.items()}
-CASES |= {"load part": load_part, "dtensor": refuse_dtensor, "train": train_and_restore}
+CASES |= {
+    "load part": load_part,
+    "inside": refuse_what_is_sharded_inside,
+    "dtensor": refuse_dtensor,
+    "train": train_and_restore,
+}
 
 
 def work(rank: int, folder: str) -> None:
