@@ -10,7 +10,10 @@ from jaxmoe.layer import MoEParams, moe
 from jaxmoe.losses import sequence_balance_loss, switch_loss
 from jaxmoe.presets import presets
 from jaxmoe.routing import Routing, route, router_logits, update_bias
+from jaxmoe.serialized import register as _register
 from jaxmoe.shared import SharedMLP
+
+_register()
 
 __version__ = "0.1.0"
 

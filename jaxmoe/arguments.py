@@ -132,5 +132,9 @@ def check_out(out: Any, arrays: Sequence[Any]) -> None:
     for leaf in jax.tree.leaves(out):
         if not isinstance(leaf, jax.Array):
             raise ValueError(f"out: expected a jax.Array to write to, got {type(leaf).__name__}")
+        if not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise ValueError(
+                "out: expected a buffer to write to, got an array that has been donated, or deleted, before"
+            )
         if any(leaf is other for other in jax.tree.leaves(list(arrays))):
             raise ValueError("out: expected a buffer of its own, got an array that is also an input")

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
-from jaxmoe.config import MAX_EXPERTS
-from jaxmoe.implementation import alike, check_implementation, compiled, run
+from jaxmoe.config import MAX_EXPERTS, as_int
+from jaxmoe.implementation import check_implementation, compiled, run
 from jaxmoe.routing import like_rows
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas.dispatch import dispatch as dispatch_kernel
@@ -112,6 +112,7 @@ def plan_dispatch(
     """
     check_array("experts", experts, ("T", "S"), (jnp.int32,))
     arguments.check_at_least_one("experts", experts, 1)
+    num_experts, align = as_int(num_experts), as_int(align)
     check_plan_sizes(num_experts, align)
     check_plan_rows(experts.shape, num_experts, align)
     if expert_map is not None:

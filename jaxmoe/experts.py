@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
@@ -91,6 +92,7 @@ def _experts_fwd(
     # Of what lies between the two products, gate and up are kept, written by the same kernel: computing them again
     # would make the backward pass a third longer. The hidden rows follow from them without a product.
     hidden, kept = gated(static[:3], rows, gate_up, group_sizes, keep=True)
+    kept = checkpoint_name(kept, "moe_gate_up")
     out = product(static[0], hidden, down, group_sizes, transposed=static[3])
     return out, (rows, gate_up, down, group_sizes, kept)
 

@@ -99,6 +99,11 @@ def _explicit_axes(names: Sequence[str], args: Sequence[Any]) -> tuple[str, ...]
     return axes
 
 
+def check_not_sharded(**arrays: Any) -> None:
+    """Raises ValueError, by its name, for an array that is sharded over an explicit axis of the mesh in use."""
+    _explicit_axes(list(arrays), list(arrays.values()))
+
+
 def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callable[..., Any]:
     """function(static, *arrays) under jit; the argument at `out` is donated.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe import arguments
 from jaxmoe.arguments import check_array
@@ -15,7 +16,7 @@ from jaxmoe.config import RoutingConfig
 from jaxmoe.dispatch import gather, move, plan_dispatch
 from jaxmoe.experts import gated, gated_grad
 from jaxmoe.grouped_matmul import alignment, no_gradient, outer, product
-from jaxmoe.implementation import compiled
+from jaxmoe.implementation import check_not_sharded, compiled
 from jaxmoe.routing import Routing, route, router_logits
 
 
@@ -67,7 +68,7 @@ def _weighted_pass(
 def weighted_fwd(static: Static, *args: jax.Array) -> tuple[jax.Array, Any]:
     """`_weighted` and what its derivative needs: gate and up of every row, then the arguments."""
     y, kept = _weighted_pass(static, *args, keep=True)
-    return y, (kept, *args)
+    return y, (checkpoint_name(kept, "moe_gate_up"), *args)
 
 
 def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
@@ -118,6 +119,10 @@ def moe(
     `scale_weights=False` the caller multiplies the output by the scaling factor.) No token is dropped: there is no
     capacity.
 
+    Of what lies between the two products the backward pass needs gate and up, [M, 2 * I], and else what came in, the
+    plan and the weights. A policy of `jax.checkpoint` knows them as "moe_gate_up", and the router's logits as
+    "moe_logits": `save_only_these_names("moe_gate_up", "moe_logits")` does no product again.
+
     Args:
       x: [T, H] bfloat16, float16 or float32.
       params: `MoEParams`; gate_up and down in x's dtype.
@@ -155,8 +160,9 @@ def moe(
     inner = arguments.half("params.gate_up", params.gate_up.shape[2])
     check_array("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
     arguments.check_one_device(x=x, params=params)
+    check_not_sharded(x=x, params=params)
 
-    logits = router_logits(x, params.router, implementation=implementation)
+    logits = checkpoint_name(router_logits(x, params.router, implementation=implementation), "moe_logits")
     routing = route(
         logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
     )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxmoe import arguments
 from jaxmoe.arguments import check_array
-from jaxmoe.config import RoutingConfig
+from jaxmoe.config import RoutingConfig, as_int
+from jaxmoe.implementation import check_not_sharded
 from jaxmoe.routing import Routing
 
 
@@ -23,11 +24,14 @@ def _log_scores(x: jax.Array, scoring_func: str) -> jax.Array:
     return 0.5 * jnp.where(low, x, jnp.log(jax.nn.softplus(jnp.where(low, 0.0, x))))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _losses(
-    logits: jax.Array, experts: jax.Array, config: RoutingConfig, num_sequences: int
-) -> tuple[jax.Array, jax.Array]:
-    """(E * sum over experts of share of choices * mean probability, number of valid tokens), each [num_sequences]."""
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _mean_loss(
+    logits: jax.Array, experts: jax.Array, config: RoutingConfig, num_sequences: int, even: int
+) -> jax.Array:
+    """E / even * sum over experts of share of choices * mean probability: the mean of sequences with valid tokens.
+
+    All of it is one computation: what follows one would bring a number of Python's to the device.
+    """
     num_tokens, num_experts = logits.shape
     valid = jnp.any((experts >= 0) & (experts < config.num_expert_ids), axis=1, keepdims=True)
     # Cleared first: the gradient of a padding token must be zero, though its logits be NaN.
@@ -45,7 +49,8 @@ def _losses(
     tokens = jnp.sum(valid.reshape(num_sequences, length), axis=1)
     per_token = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)[:, None]
     mean = jnp.sum(probability.reshape(num_sequences, length, num_experts), axis=1) * per_token
-    return num_experts * jnp.sum(counts.astype(jnp.float32) * per_token * mean, axis=1), tokens
+    losses = num_experts * jnp.sum(counts.astype(jnp.float32) * per_token * mean, axis=1)
+    return jnp.sum(losses) / (even * jnp.maximum(jnp.sum(tokens > 0), 1))
 
 
 def _check(logits: jax.Array, routing: Routing, config: RoutingConfig) -> None:
@@ -56,6 +61,7 @@ def _check(logits: jax.Array, routing: Routing, config: RoutingConfig) -> None:
     check_array("logits", logits, ("T", config.num_experts))
     check_array("routing.experts", routing.experts, (logits.shape[0], config.num_slots), (jnp.int32,))
     arguments.check_one_device(logits=logits, routing=routing)
+    check_not_sharded(logits=logits, routing=routing)
 
 
 def switch_loss(logits: jax.Array, routing: Routing, config: RoutingConfig) -> jax.Array:
@@ -86,7 +92,7 @@ def switch_loss(logits: jax.Array, routing: Routing, config: RoutingConfig) -> j
       [1.0, 2.5]
     """
     _check(logits, routing, config)
-    return _losses(logits, routing.experts, config, 1)[0][0]
+    return _mean_loss(logits, routing.experts, config, 1, 1)
 
 
 def sequence_balance_loss(
@@ -126,7 +132,7 @@ def sequence_balance_loss(
     """
     _check(logits, routing, config)
     num_tokens = logits.shape[0]
+    sequence_length = as_int(sequence_length)
     if type(sequence_length) is not int or sequence_length < 1 or num_tokens % sequence_length:
         raise ValueError(f"sequence_length: expected a positive divisor of T={num_tokens}, got {sequence_length!r}")
-    losses, tokens = _losses(logits, routing.experts, config, num_tokens // sequence_length)
-    return jnp.sum(losses) / (config.top_k * jnp.maximum(jnp.sum(tokens > 0), 1))
+    return _mean_loss(logits, routing.experts, config, num_tokens // sequence_length, config.top_k)

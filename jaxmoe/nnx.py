@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,10 @@ from jaxmoe.layer import MoEParams
 from jaxmoe.routing import Routing
 from jaxmoe.shared import SharedMLP
 
+Initializer = Callable[..., Any]  # (key, shape, dtype) -> array, or what nnx.with_partitioning makes of one
+
 _kernel_init = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=())
+_router_init = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=())
 _experts_init = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
@@ -51,14 +55,31 @@ def _own(array: Any) -> jax.Array:
 class GatedMLP(nnx.Module):
     """A gated MLP, (silu(gate) * up) @ down: shared experts that are kept apart.
 
+    Args:
+      hidden_size: H.
+      width: W.
+      gate_up_init: called with (key, shape, dtype), as Flax's initialisers are; `nnx.with_partitioning` works.
+      down_init: the same.
+      param_dtype: of the parameters.
+      rngs: its stream `params` gives the initial weights.
+
     Attributes:
       gate_up: nnx.Param [H, 2 * W].
       down: nnx.Param [W, H].
     """
 
-    def __init__(self, hidden_size: int, width: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
-        self.gate_up = nnx.Param(_kernel_init(rngs.params(), (hidden_size, 2 * width), param_dtype))
-        self.down = nnx.Param(_kernel_init(rngs.params(), (width, hidden_size), param_dtype))
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        gate_up_init: Initializer = _kernel_init,
+        down_init: Initializer = _kernel_init,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.gate_up = nnx.Param(gate_up_init(rngs.params(), (hidden_size, 2 * width), param_dtype))
+        self.down = nnx.Param(down_init(rngs.params(), (width, hidden_size), param_dtype))
 
     def params(self, dtype: Any = None) -> SharedMLP:
         """The parameters, cast to `dtype`; None: as they are."""
@@ -80,7 +101,9 @@ class MoE(nnx.Module):
     * a transform of a closure over the module, be it `jax.jit`, `jax.checkpoint` or `nnx.jit`: Flax raises a
       TraceContextError ("Cannot mutate Load from a different trace level");
     * `nnx.vmap` of a module that is not mapped (in_axes=None): a load for each would come out, a ValueError;
-    * `jax.jit` of a module that is an argument: the change is lost, without an error.
+    * `jax.jit` of a module that is an argument: the change is lost, without an error;
+    * `nnx.shard_map` over tokens: each device has the load of its own, which is refused (with check_vma=False, which
+      keeps JAX from telling, one device's would be kept). Sum what is returned: `jax.lax.psum(routing.load, axis)`.
 
     Args:
       config: how to route. With n_shared_experts > 0 the shared experts are slots of the same stack.
@@ -88,6 +111,9 @@ class MoE(nnx.Module):
       intermediate_size: I, of one expert.
       shared_intermediate_size: W, of a gated MLP apart that is added to the output; for a config without shared
         experts. None: there is none.
+      router_init: called with (key, [E, H], dtype), as Flax's initialisers are; `nnx.with_partitioning` works.
+      gate_up_init: the same, with [E + n_shared_experts, H, 2 * I].
+      down_init: the same, with [E + n_shared_experts, I, H]. For the MLP apart, set `shared` to a `GatedMLP`.
       use_bias: whether there is a balancing bias; it starts at zero, in float32.
       track_load: whether a call keeps the load.
       dtype: what x and the experts' weights are cast to for computing; None: x's dtype.
@@ -129,6 +155,9 @@ class MoE(nnx.Module):
         intermediate_size: int,
         *,
         shared_intermediate_size: int | None = None,
+        router_init: Initializer = _router_init,
+        gate_up_init: Initializer = _experts_init,
+        down_init: Initializer = _experts_init,
         use_bias: bool = True,
         track_load: bool = True,
         dtype: Any = None,
@@ -156,10 +185,10 @@ class MoE(nnx.Module):
                 raise ValueError(f"shared_intermediate_size: expected {fused}, got {shared_intermediate_size}")
         self.config, self.track_load, self.dtype, self.implementation = config, track_load, dtype, implementation
         ids = config.num_expert_ids
-        # Drawn as [H, E]: what the initialiser takes for inputs and outputs.
-        self.router = nnx.Param(_kernel_init(rngs.params(), (hidden_size, config.num_experts), param_dtype).T)
-        self.gate_up = nnx.Param(_experts_init(rngs.params(), (ids, hidden_size, 2 * intermediate_size), param_dtype))
-        self.down = nnx.Param(_experts_init(rngs.params(), (ids, intermediate_size, hidden_size), param_dtype))
+        draw = lambda init, *shape: nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.router = draw(router_init, config.num_experts, hidden_size)
+        self.gate_up = draw(gate_up_init, ids, hidden_size, 2 * intermediate_size)
+        self.down = draw(down_init, ids, intermediate_size, hidden_size)
         self.bias = BalancingBias(jnp.zeros(config.num_experts, jnp.float32)) if use_bias else None
         width = shared_intermediate_size
         self.shared = None if width is None else GatedMLP(hidden_size, width, param_dtype=param_dtype, rngs=rngs)
@@ -250,6 +279,8 @@ class MoE(nnx.Module):
         if not is_array or x.ndim < 1 or x.shape[-1] != hidden:
             got = f"{x.dtype}{list(x.shape)}" if is_array else type(x).__name__
             raise ValueError(f"x: expected an array [..., {hidden}], got {got}")
+        if x.dtype not in (*map(jnp.dtype, arguments.FLOATS), jnp.dtype(jnp.float64)):  # what a cast would hide
+            raise ValueError(f"x: expected bfloat16, float16, float32 or float64, got {x.dtype}")
         return jnp.asarray(x, self.dtype).reshape(-1, hidden)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -261,7 +292,8 @@ class MoE(nnx.Module):
         """Applies the layer.
 
         Args:
-          x: [..., H], of any float dtype; T is the product of the leading axes.
+          x: [..., H], bfloat16, float16, float32 or, where `dtype` is given, float64; T is the product of the leading
+            axes.
           num_valid_tokens: tokens at or past this index come out as zeros, and a NaN in their x reaches no gradient but
             the router's, as `jaxmoe.moe` says.
 
@@ -288,6 +320,12 @@ class MoE(nnx.Module):
                 valid = chosen.experts[:, :1] >= 0
                 y = y + jnp.where(valid, self.shared(jnp.where(valid, rows, 0)), 0)
         if self.track_load:
+            here, kept = (jax.typeof(load).manual_axis_type.varying for load in (chosen.load, self.load[...]))
+            if here - kept:
+                raise ValueError(
+                    f"track_load: expected False under shard_map over {sorted(here - kept)}, where the load is that of "
+                    'one device, got True; sum the load that is returned: jax.lax.psum(routing.load, "axis")'
+                )
             self.load[...] = chosen.load
         return y.reshape(x.shape), chosen
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import Rows, base, check_array, dense
-from jaxmoe.config import RoutingConfig, rule_for
+from jaxmoe.config import RoutingConfig, as_int, rule_for
 from jaxmoe.implementation import check_implementation, compiled, run
 from kernels_pallas.count import count_load
 from kernels_pallas.route import route as route_kernel
@@ -180,10 +180,13 @@ def route(
 
 def _check_num_valid(value: Any, num_tokens: int) -> jax.Array | np.int32:
     """num_valid_tokens as an int32 scalar."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    value = as_int(value)
+    if type(value) is int:
         if not 0 <= value <= num_tokens:
             raise ValueError(f"num_valid_tokens: expected 0 to T={num_tokens}, got {value}")
         return np.int32(value)
+    if getattr(value, "weak_type", False) and value.dtype == jnp.int64:  # a Python int that came through jit, under x64
+        value = value.astype(jnp.int32)
     check_array("num_valid_tokens", value, (), (jnp.int32,))
     return value
 

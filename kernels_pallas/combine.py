@@ -25,7 +25,7 @@ class Config:
 def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     itemsize = jnp.dtype(dtype).itemsize
-    # One warp, 16 bytes a lane, or twice 16: as fast where every slot has a row, and where few do (experts are elsewhere)
+    # One warp, 16 bytes a lane, or twice 16: as fast where every slot has a row. Where few do, experts being elsewhere,
     # a GPU is busy with beginning programs, of which there are half as many then. Measured on H100s and an H200.
     columns = min(next_power_of_2(width), (512 if num_tokens <= 64 else 1024) // itemsize)
     once = target == "cuda" and num_tokens * num_slots * width * itemsize <= PAST_CACHE

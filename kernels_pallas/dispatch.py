@@ -100,7 +100,7 @@ def _clear(slots_ref: Any, out_ref: Any, first: jax.Array, config: Config, num_r
 
         jax.lax.fori_loop(0, pl.cdiv(width, config.columns), piece, None)
 
-    _, empty = find(0, config.clear_rows)
+    empty = find(0, config.clear_rows)[1]
 
     @pl.when(jnp.sum(empty.astype(jnp.int32), axis=0, dtype=jnp.int32) > 0)
     def _() -> None:

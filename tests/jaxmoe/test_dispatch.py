@@ -81,6 +81,8 @@ def test_out_is_donated_and_filled(implementation: str) -> None:
     got = jaxmoe.dispatch(x, PLAN, out=out, implementation=implementation)
     check_dispatch(got, x, PLAN)
     assert out.is_deleted()
+    with pytest.raises(ValueError, match="out: expected a buffer to write to, got an array that has been donated"):
+        jaxmoe.dispatch(x, PLAN, out=out, implementation=implementation)
     assert got.unsafe_buffer_pointer() == address
 
     out = jnp.full((5, 40), jnp.nan, F32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -181,6 +182,17 @@ def test_losses_of_no_token(valid: int | None) -> None:
     for grad in jax.jacrev(lambda x: both(x, routing, config))(logits):
         assert (grad.shape, grad.dtype) == (logits.shape, BF16)
         assert not np.asarray(grad, np.float32).any()
+
+
+def test_nothing_comes_from_the_host() -> None:
+    """Arrays on the device suffice: a number of Python's would have to be copied to it in every step."""
+    config = CONFIGS["softmax, odd E"]
+    logits = jnp.zeros((6, 7))
+    routing = jax.device_put(routed(np.zeros((6, 7)), config, 6))
+    losses = (jaxmoe.switch_loss, functools.partial(jaxmoe.sequence_balance_loss, sequence_length=np.int64(3)))
+    for loss in losses:
+        with jax.transfer_guard("disallow"):
+            loss(logits, routing, config).block_until_ready()
 
 
 @pytest.mark.parametrize(

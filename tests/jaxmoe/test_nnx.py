@@ -19,10 +19,11 @@ from flax.errors import TraceContextError
 
 import jaxmoe
 from jaxmoe import RoutingConfig, SharedMLP
-from jaxmoe.nnx import BalancingBias, Load, MoE
+from jaxmoe.nnx import BalancingBias, GatedMLP, Load, MoE
 from tests import oracle
 from tests.cases import BF16, F32, normal
 
+I32 = jnp.int32
 HIDDEN, INNER = 8, 6
 CONFIG = RoutingConfig(num_experts=6, top_k=2, routed_scaling_factor=2.5, n_shared_experts=1)
 ALONE = dataclasses.replace(CONFIG, n_shared_experts=0)
@@ -229,9 +230,54 @@ def test_where_the_load_cannot_be_kept() -> None:
     assert moe.load[...].sum() == 10 * 3
 
 
+def test_load_of_one_device() -> None:
+    """Under shard_map it is refused to be kept as that of all; an axis that the module itself lies along is fine."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    specs: dict[str, Any] = {"mesh": mesh, "in_specs": (replicated, split), "out_specs": split}
+    run = nnx.shard_map(lambda moe, x: moe(x)[0], **specs)
+    message = r"track_load: expected False under shard_map over \['data'\], where the load is that of one device"
+    with pytest.raises(ValueError, match=message):
+        run(make(), X)
+    moe = make(track_load=False)
+    np.testing.assert_allclose(run(moe, X), moe(X)[0], rtol=1e-5, atol=1e-6)
+
+    moe = make()
+    own = nnx.shard_map(lambda moe, x: moe(x)[0], **specs | {"in_specs": (split, split)})
+    want = jax.lax.map(lambda x: x, moe(X)[0])
+    loads = moe.load[...]
+    moe.load[...] = jnp.zeros_like(loads)
+    np.testing.assert_allclose(own(moe, X), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(moe.load[...], loads)
+
+
+def test_initialisers() -> None:
+    """They are called as Flax's are, and what they say of sharding stays with the parameter."""
+    asked = []
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        asked.append((shape, dtype))
+        return jnp.full(shape, len(asked), dtype)
+
+    moe = make(router_init=init, gate_up_init=init, down_init=init, param_dtype=BF16)
+    assert asked == [((6, HIDDEN), BF16), ((7, HIDDEN, 2 * INNER), BF16), ((7, INNER, HIDDEN), BF16)]
+    assert [float(w[...].mean()) for w in (moe.router, moe.gate_up, moe.down)] == [1.0, 2.0, 3.0]
+    names = ("expert", "embed", "mlp")
+    with jax.set_mesh(jax.make_mesh((1, 1, 1), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)):
+        moe = make(gate_up_init=nnx.with_partitioning(init, names))
+        assert moe.gate_up[...].sharding.spec == jax.sharding.PartitionSpec(*names)
+        assert np.isfinite(moe(X)[0]).all()
+    mlp = GatedMLP(HIDDEN, 4, gate_up_init=init, down_init=init, rngs=nnx.Rngs(0))
+    assert [shape for shape, _ in asked[-2:]] == [(HIDDEN, 8), (4, HIDDEN)]
+    moe = make(ALONE, shared_intermediate_size=4)
+    moe.shared = mlp
+    assert np.isfinite(moe(X)[0]).all()
+
+
 def test_initial_weights() -> None:
     """Rows of unit variance come out of each product with about unit variance."""
     moe = MoE(dataclasses.replace(CONFIG, num_experts=64), 64, 32, rngs=nnx.Rngs(0))
+    assert moe.router.shape == (64, 64)
     for weight, inputs in ((moe.router[...], 64), (moe.gate_up[...], 64), (moe.down[...], 32)):
         np.testing.assert_allclose(np.std(weight), inputs**-0.5, rtol=0.05)
     assert not np.array_equal(moe.down[0], moe.down[1])
@@ -265,6 +311,13 @@ def test_wrong_input() -> None:
         (lambda: make()(normal(0, 3, 0)), r"x: expected an array \[..., 8\], got float32\[3, 0\]"),
         (lambda: make()(jnp.float32(1)), r"x: expected an array \[..., 8\], got float32\[\]"),
         (lambda: make()([[0.0] * 8]), r"x: expected an array \[..., 8\], got list"),  # type: ignore[arg-type]
+        *(
+            (
+                lambda x=x: make(dtype=F32)(x),  # type: ignore[misc]
+                f"x: expected bfloat16, float16, float32 or float64, got {x.dtype}",
+            )
+            for x in (jnp.ones((2, 8), dtype) for dtype in (I32, bool, jnp.complex64, jnp.float8_e4m3fn))
+        ),
         (lambda: make().logits(normal(0, 9)), r"x: expected an array \[..., 8\], got float32\[9\]"),
         (lambda: from_params({}, CONFIG), "params: expected MoEParams, got dict"),
         (lambda: from_params(alone, ALONE, shared=(1, 2)), "shared: expected None or a SharedMLP, got tuple"),

@@ -80,6 +80,18 @@ def test_num_valid_tokens(valid: int, on_device: bool, implementation: str) -> N
     check_route(got, logits, None, config, valid=valid)
 
 
+def test_num_valid_tokens_of_numpy_and_under_x64() -> None:
+    """numpy's integers are integers, and under x64 a Python int that jit has made an array of 64 bits."""
+    logits, route = normal(0, 6, 12), functools.partial(jaxmoe.route, config=RoutingConfig(num_experts=12, top_k=3))
+    want = route(logits, num_valid_tokens=4).experts
+    np.testing.assert_array_equal(route(logits, num_valid_tokens=np.ones(4, np.int64).sum()).experts, want)
+    with jax.enable_x64(True):
+        got = jax.jit(lambda number: route(logits, num_valid_tokens=number).experts)(4)
+        np.testing.assert_array_equal(got, want)
+        with pytest.raises(ValueError, match=r"num_valid_tokens: expected int32 \[\], got int64\[\]"):
+            route(logits, num_valid_tokens=jnp.int64(4))
+
+
 def test_strided_rows_read_in_place(implementation: str) -> None:
     """FlashInfer #4713: strided logits were read as if contiguous."""
     wide = normal(0, 5, 40).at[:, :8].set(jnp.nan).at[:, 32:].set(jnp.nan)
@@ -262,6 +274,7 @@ OUT = (jnp.zeros((3, 4)), jnp.zeros((3, 4), I32), jnp.zeros(24, I32))
         (bad(return_load="no"), r"return_load: expected a bool, got 'no'"),
         (bad(num_valid_tokens=4), r"num_valid_tokens: expected 0 to T=3, got 4"),
         (bad(num_valid_tokens=-1), r"num_valid_tokens: expected 0 to T=3, got -1"),
+        (bad(num_valid_tokens=np.int64(4)), r"num_valid_tokens: expected 0 to T=3, got 4"),
         (bad(num_valid_tokens=jnp.zeros(3, I32)), r"num_valid_tokens: expected int32 \[\], got int32\[3\]"),
         (bad(num_valid_tokens=2.0), r"num_valid_tokens: expected an array int32 \[\], got float"),
         (bad(out=jnp.zeros((3, 4))), r"out: expected a Routing or tuple \(weights, experts, load\)"),

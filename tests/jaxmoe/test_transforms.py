@@ -183,6 +183,30 @@ def test_under_a_mesh_of_explicit_axes(implementation: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, strict=True)
 
 
+def test_arrays_sharded_over_explicit_axes_are_named() -> None:
+    """The first try at expert parallelism, for one."""
+    params, x = moe_inputs()
+    routing = jaxmoe.route(normal(0, 5, 4), config=MOE)
+    mlp = jaxmoe.SharedMLP(gate_up=normal(1, 8, 6), down=normal(2, 3, 8))
+    mesh = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = lambda array: jax.device_put(array, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("ep")))
+    with jax.set_mesh(mesh):
+        for name in ("router", "gate_up", "down"):
+            sharded = dataclasses.replace(params, **{name: split(getattr(params, name))})
+            with pytest.raises(ValueError, match=rf"params\.{name}: expected an array that is not sharded"):
+                jaxmoe.moe(x, sharded, MOE)
+        losses = (jaxmoe.switch_loss, functools.partial(jaxmoe.sequence_balance_loss, sequence_length=5))
+        for loss in losses:
+            loss(normal(0, 5, 4), routing, MOE)
+            with pytest.raises(ValueError, match="logits: expected an array that is not sharded"):
+                loss(split(normal(0, 5, 4)), routing, MOE)
+            with pytest.raises(ValueError, match=r"routing\.experts: expected an array that is not sharded"):
+                loss(normal(0, 5, 4), routing._replace(experts=split(routing.experts)), MOE)
+        mlp(x)
+        with pytest.raises(ValueError, match="down: expected an array that is not sharded"):
+            dataclasses.replace(mlp, down=split(mlp.down))(x)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_lowers_for_gpus_under_a_mesh_of_explicit_axes(target: str) -> None:
     """Pallas' Triton backend drops an axis of what a kernel adds up, but not of its sharding, where types have one."""
@@ -196,6 +220,32 @@ def test_lowers_for_gpus_under_a_mesh_of_explicit_axes(target: str) -> None:
         for function in (functools.partial(_every, None), jax.grad(loss, argnums=(0, 1))):
             text = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
             assert {"route", "plan_dispatch", "dispatch", "combine"} <= set(re.findall(r'name = "(\w+)"', text))
+
+
+@pytest.mark.parametrize("names", [(), ("moe_gate_up",), ("moe_logits",), ("moe_gate_up", "moe_logits")])
+def test_what_checkpoint_policies_can_keep(
+    names: tuple[str, ...], implementation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the names that `moe` and `experts` give; the gradients are the same whatever is kept."""
+    (params, x), on = moe_inputs(), {"implementation": implementation}
+    keeping = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    rows, pairs = ({"moe_gate_up": f"[{m},6]", "moe_logits": "[5,4]"} for m in (10, 5))
+
+    def kept(function: Any) -> set[str]:
+        """The shapes of what is kept beside the arguments, and the sizes."""
+        jax.ad_checkpoint.print_saved_residuals(keeping(function), params, x)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+        return {line.removeprefix("f32").partition(" ")[0] for line in lines if line.startswith("f32")}
+
+    layer = lambda params, x: jaxmoe.moe(x, params, MOE, **on)[0]
+    assert kept(layer) == {rows[name] for name in names}
+    sizes = jnp.array([2, 0, 3, 0], I32)
+    assert kept(lambda params, x: jaxmoe.experts(x, params.gate_up, params.down, sizes, **on)) == {
+        pairs[name] for name in names if name == "moe_gate_up"
+    }
+    gradient = lambda f: jax.jit(jax.grad(lambda *args: jnp.sum(f(*args) ** 2), argnums=(0, 1)))(params, x)
+    for a, b in zip(*(jax.tree.leaves(gradient(f)) for f in (layer, keeping(layer))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_strict_promotion(implementation: str) -> None:
