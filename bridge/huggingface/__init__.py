@@ -190,7 +190,7 @@ def _find_layers(model: nn.Module) -> list[_Layer]:
         if not hasattr(experts, "is_concatenated"):
             raise ValueError(
                 f"model: expected modules of transformers.models, got {_kind(experts)} around the experts in {name!r}; "
-                f"patch before they are wrapped, or {_ALONE}"
+                f"patch before others put theirs there, or {_ALONE}"
             )
         config = _routing(experts.config, _ALONE)
         for module in (block, router, experts):
@@ -277,7 +277,7 @@ def _check_module(name: str, module: nn.Module) -> None:
     """Raises ValueError where a module's forward pass is not the one that we know."""
     known, where = "expected modules with the forward of their class", f"the {type(module).__name__} in {name!r}"
     if not type(module).__module__.startswith("transformers.models."):
-        got = f"{_kind(module)} in {name!r}"
+        got = f"{_kind(module)} in {name!r}; patch before others put theirs there, or {_ALONE}"
         raise ValueError(f"model: expected modules of transformers.models, got {got}")
     if is_patched(module):
         raise ValueError(f"model: {known}, got that of jaxmoe on {where}; restore it first")

@@ -362,7 +362,7 @@ REFUSED = {
     "model_type of .*'deepseek_v3'.*, got LlamaConfig with 'llama'": dense,
     "with MoE layers, got Qwen3MoeForCausalLM without any": without_experts,
     "with MoE layers, got Linear without any": lambda: nn.Linear(2, 2),
-    "modules of transformers.models, got .*Router in 'model.layers.0.mlp'": with_own_router,
+    "modules of transformers.models, got .*Router in 'model.layers.0.mlp'; patch .*_implementation": with_own_router,
     "parameters of .*, got torch.float64 in 'model.layers.0.mlp.gate.weight'": lambda: make("mixtral", torch.float64),
     "parameters of .*, got torch.float64 in 'model.layers.0.mlp.e_score_correction_bias'": with_double_bias,
     # What a router holds that jaxmoe cannot do.
