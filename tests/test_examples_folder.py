@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,12 @@ def run(name: str) -> Any:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"nnx_block", "functional", "torch_module"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "nnx_block",
+        "functional",
+        "torch_module",
+        "expert_parallel",
+    }
 
 
 def test_nnx_block() -> None:
@@ -39,6 +47,30 @@ def test_functional() -> None:
     assert losses[-1] < 0.7 * losses[0]
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
     assert np.abs(params.bias).max() >= 0.001
+
+
+APART = """
+import runpy, sys
+import jax, numpy as np
+apart, alone = runpy.run_path(sys.argv[1])["main"]()
+for got, want in zip(*map(jax.tree.leaves, (apart, alone)), strict=True):
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * scale)
+    assert scale == 0 or np.abs(np.roll(want, 1, axis=0) - want).max() > 0.01 * scale
+print("devices of the gradient:", len(apart[2][0].gate_up.devices()))
+"""
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_expert_parallel(devices: int) -> None:
+    """The output, the load and every gradient, of experts that lie apart and of all in one place."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
+    command = [sys.executable, "-c", APART, str(EXAMPLES / "expert_parallel.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"devices of the gradient: {devices}\n" in done.stdout
 
 
 def test_torch_module() -> None:
