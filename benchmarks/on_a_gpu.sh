@@ -38,7 +38,7 @@ sanitize | sanitize_hopper)
     done
     ;;
 bench)
-    python3 -m jaxmoe bench --only route,load,movement,align,step,router_logits,host --output "$out/bench.json" --note "$note" 2>&1 |
+    python3 -m jaxmoe bench --only load,movement,elsewhere,align,step,router_logits,host,route --output "$out/bench.json" --note "$note" 2>&1 |
         tee "$out/bench.log" | tail -110
     ;;
 tiles)
