@@ -101,6 +101,15 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: make_config("GlmMoeDsaConfig", **ROUTED | GROUPS | MLA | INDEXER | SPARSE),
     ),
     "minimax_m2": ("MiniMaxM2ForCausalLM", lambda: make_config("MiniMaxM2Config", **ONE_LAYER, num_local_experts=8)),
+    "dots1": (
+        "Dots1ForCausalLM",
+        lambda: make_config("Dots1Config", **ROUTED | GROUPS | DENSE_FIRST, n_shared_experts=2),
+    ),
+    "olmoe": ("OlmoeForCausalLM", lambda: make_config("OlmoeConfig", num_experts=8)),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        lambda: make_config("Qwen2MoeConfig", num_experts=8, shared_expert_intermediate_size=16),
+    ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", lambda: make_config("Qwen3MoeConfig", num_experts=8)),
     "qwen3_vl_moe": (
         "Qwen3VLMoeForConditionalGeneration",
@@ -260,7 +269,15 @@ def test_same_logits_and_tokens(plain: Plain) -> None:
 
 # How many experts the shared ones of a family's test model are.
 SHARED = {"deepseek_v2": 2, "deepseek_v3": 1, "deepseek_v32": 1, "deepseek_v4": 1, "kimi_k25": 1, "kimi_linear": 2}
-SHARED |= {"glm4_moe": 1, "glm4_moe_lite": 1, "glm4v_moe": 1, "glm_moe_dsa": 1, "ernie4_5_moe": 2, "nemotron_h": 2}
+SHARED |= {
+    "glm4_moe": 1,
+    "glm4_moe_lite": 1,
+    "glm4v_moe": 1,
+    "glm_moe_dsa": 1,
+    "ernie4_5_moe": 2,
+    "nemotron_h": 2,
+    "dots1": 2,
+}
 FEW = ["deepseek_v3", "ernie4_5_moe", "nemotron_h"]  # one shared expert, two, two without a gate
 
 

@@ -319,9 +319,6 @@ def test_state_dicts_refuse_wrapped_experts_while_folded() -> None:
 
 # Models whose routers RoutingConfig.from_hf does not know, and whose experts run all the same.
 ALONE = {
-    "Qwen2Moe": {"num_experts": 8, "shared_expert_intermediate_size": 16},
-    "Olmoe": {"num_experts": 8},
-    "Dots1": {"n_routed_experts": 8, "n_shared_experts": 2},
     "Phimoe": {"num_local_experts": 8},
     "GraniteMoe": {"num_local_experts": 8},
 }

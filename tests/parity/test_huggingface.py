@@ -67,6 +67,7 @@ ERNIE = {"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2}
 NANO = ONE_GROUP | {"n_routed_experts": 128, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}
 SUPER = NANO | {"n_routed_experts": 512, "num_experts_per_tok": 22, "routed_scaling_factor": 5.0}
 RAW = {"norm_topk_prob": False}
+DOTS = {"n_routed_experts": 128, "routed_scaling_factor": 2.5, "n_shared_experts": 2}
 
 MODELS = {
     "deepseek-v3": Model("deepseek_v3", "DeepseekV3Config", DEEPSEEK_V3, "deepseek-v3"),
@@ -91,10 +92,15 @@ MODELS = {
     "gpt-oss-120b": Model("gpt_oss", "GptOssConfig", {}, "gpt-oss-120b"),
     "mixtral-8x7b": Model("mixtral", "MixtralConfig", {}, "mixtral-8x7b"),
     "ernie-4.5-21b": Model("ernie4_5_moe", "Ernie4_5_MoeConfig", ERNIE, "ernie-4.5-21b"),
+    "qwen2-moe": Model("qwen2_moe", "Qwen2MoeConfig", {"num_experts": 60, "num_experts_per_tok": 4}),
+    "qwen2-moe-renormalised": Model("qwen2_moe", "Qwen2MoeConfig", QWEN3),
+    "olmoe": Model("olmoe", "OlmoeConfig", {}),
+    "dots.llm1": Model("dots1", "Dots1Config", ONE_GROUP | DOTS),
+    "dots.llm1-groups": Model("dots1", "Dots1Config", GROUPS | DOTS),
     "nemotron-3-nano": Model("nemotron_h", "NemotronHConfig", NANO, "nemotron-3-nano"),
     "nemotron-3-super": Model("nemotron_h", "NemotronHConfig", SUPER, "nemotron-3-super"),
 }
-IN_ORDER = [name for name in MODELS if name.startswith(("qwen3", "gpt-oss", "mixtral", "ernie"))]  # these sort
+IN_ORDER = [name for name in MODELS if name.startswith(("qwen", "gpt-oss", "mixtral", "ernie", "olmoe"))]  # these sort
 BIASED = [name for name in MODELS if not name.startswith(UNBIASED)]
 
 
@@ -196,12 +202,18 @@ REQUIRED = {"n_routed_experts", "num_local_experts", "num_experts", "moe_num_exp
 REQUIRED |= {"num_experts_per_token", "moe_k", "model_type"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+# (dots.llm1 has none: without its numbers of experts there is no model.)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("dots")])
 def test_absent_fields_have_the_defaults_of_the_config_class(name):
     # A config.json that leaves a field out means transformers' default for it.
     config = getattr(transformers, MODELS[name].config)(num_experts_per_tok=4)
     least = {field: value for field, value in config.to_dict().items() if field in REQUIRED}
     assert RoutingConfig.from_hf(least) == RoutingConfig.from_hf(config)
+
+
+def test_config_without_a_number_of_shared_experts() -> None:
+    with pytest.raises(ValueError, match="hf_config: n_shared_experts: expected an int from 0 to 32, got None"):
+        RoutingConfig.from_hf(transformers.Dots1Config(n_routed_experts=8, num_experts_per_tok=4))
 
 
 def test_text_config_of_a_multimodal_model():
@@ -252,6 +264,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "glm-5": {"n_routed_experts": 16, "num_experts_per_tok": 4},
     "minimax-m2": {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": INTERMEDIATE},
     "qwen3-moe": {"num_experts": 16, "num_experts_per_tok": 4},
+    "qwen2-moe": {"num_experts": 16, "num_experts_per_tok": 4, "shared_expert_intermediate_size": INTERMEDIATE},
+    "olmoe": {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": INTERMEDIATE},
+    "dots.llm1": {"n_routed_experts": 16, "num_experts_per_tok": 4},
     "qwen3-next": {"num_experts": 16, "num_experts_per_tok": 4, "shared_expert_intermediate_size": INTERMEDIATE},
     "mixtral-8x7b": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": INTERMEDIATE},
     "ernie-4.5-21b": {"moe_num_experts": 16, "moe_k": 4},
@@ -287,7 +302,7 @@ def test_layer_agrees_with_transformers(name):
         if config.n_shared_experts:
             shared = split_shared(block.shared_experts, config.n_shared_experts)
             gate_up, down = torch.cat([gate_up, shared[0]]), torch.cat([down, shared[1]])
-        if name == "qwen3-next":  # its gated shared expert is not a slot: the model adds it
+        if name in ("qwen2-moe", "qwen3-next"):  # its gated shared expert is not a slot: the model adds it
             expected = expected - torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
     params = jaxmoe.MoEParams(
         router=to_jax(router.weight),
