@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import get_gradient_edge, increment_version
 
 from bridge.views import is_aligned
@@ -59,7 +60,8 @@ def refuse_sharded(argument: str, model: nn.Module, name: str, block: Any) -> No
     if not hasattr(block.experts, "is_concatenated"):  # something is around them
         raise fail(type(block.experts).__name__, f"{name}.experts".lstrip("."), "take it away first")
     for path, parameter in block.named_parameters():
-        if path.startswith(("experts.", "shared_experts.")) and type(parameter) is not nn.Parameter:
+        # A fake one (of audit, or a trial run of the user's) is as good as what it stands for.
+        if path.startswith(("experts.", "shared_experts.")) and type(parameter) not in (nn.Parameter, FakeTensor):
             raise fail(type(parameter).__name__, f"{name}.{path}".lstrip("."), order)
 
 
