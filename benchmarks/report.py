@@ -17,6 +17,7 @@ SHOWN = (
     "route kimi-k2",
     "route deepseek-v2",
     "route qwen3-next",
+    "route + load deepseek-v3",
     "router logits",
     "plan + dispatch",
     "permute, vLLM's form",
@@ -25,6 +26,9 @@ SHOWN = (
     "combine",
     "unpermute, vLLM's form",
     "step deepseek-v3",
+    "plan + dispatch, an eighth of the experts here",
+    "permute, vLLM's form, an eighth of the experts here",
+    "unpermute, vLLM's form, an eighth of the experts here",
     "layer",
 )
 COLUMNS = (1, 64, 512, 4096, 40960)

@@ -345,8 +345,8 @@ def with_double_bias() -> Any:
     return model
 
 
-def olmoe() -> Any:
-    return transformers.OlmoeForCausalLM(make_config("OlmoeConfig", num_experts=4))
+def granite() -> Any:
+    return transformers.GraniteMoeForCausalLM(make_config("GraniteMoeConfig", num_local_experts=4))
 
 
 def dense() -> Any:
@@ -358,7 +358,7 @@ def without_experts() -> Any:
 
 
 REFUSED = {
-    "model_type of .*'deepseek_v3'.*, got OlmoeConfig with 'olmoe'": olmoe,
+    "model_type of .*'deepseek_v3'.*, got GraniteMoeConfig with 'granitemoe'": granite,
     "model_type of .*'deepseek_v3'.*, got LlamaConfig with 'llama'": dense,
     "with MoE layers, got Qwen3MoeForCausalLM without any": without_experts,
     "with MoE layers, got Linear without any": lambda: nn.Linear(2, 2),
