@@ -1,5 +1,6 @@
 """jaxmoe: Mixture-of-Experts routing, dispatch and combine as Pallas GPU kernels, for JAX. See the README."""
 
+import jaxmoe.serialized as _serialized  # noqa: F401
 from jaxmoe.arguments import Columns
 from jaxmoe.checkpoint import export_hf_moe, load_hf_moe
 from jaxmoe.config import RoutingConfig
@@ -10,10 +11,7 @@ from jaxmoe.layer import MoEParams, moe
 from jaxmoe.losses import sequence_balance_loss, switch_loss
 from jaxmoe.presets import presets
 from jaxmoe.routing import Routing, route, router_logits, update_bias
-from jaxmoe.serialized import register as _register
 from jaxmoe.shared import SharedMLP
-
-_register()
 
 __version__ = "0.1.0"
 

@@ -39,7 +39,7 @@ _WORDS = {None: "null", True: "true", False: "false"}
 def _text(value: Any) -> str:
     """A field that has been checked, in JSON. Not json.dumps, which torch.compile does not trace."""
     if isinstance(value, str):
-        return f'"{value}"'
+        return f'"{str.__str__(value)}"'  # of an enum that is a string, what it is
     if isinstance(value, float):
         return f"{value!r}"
     return f"{value}" if type(value) is int else _WORDS[value]
@@ -140,7 +140,10 @@ class RoutingConfig:
     @classmethod
     def from_json(cls, text: str) -> RoutingConfig:
         """The config whose `json` is `text`."""
-        return cls(**dict(zip((field.name for field in fields(cls)), json.loads(text), strict=True)))
+        names, values = [field.name for field in fields(cls)], json.loads(text)
+        if not isinstance(values, list) or len(values) != len(names):
+            raise ValueError(f"text: expected the json of a RoutingConfig, a list of {len(names)} fields, got {text!r}")
+        return cls(**dict(zip(names, values, strict=True)))
 
     @property
     def num_slots(self) -> int:

@@ -186,7 +186,7 @@ def _check_num_valid(value: Any, num_tokens: int) -> jax.Array | np.int32:
             raise ValueError(f"num_valid_tokens: expected 0 to T={num_tokens}, got {value}")
         return np.int32(value)
     if getattr(value, "weak_type", False) and value.dtype == jnp.int64:  # a Python int that came through jit, under x64
-        value = value.astype(jnp.int32)
+        value = jnp.clip(value, 0, num_tokens).astype(jnp.int32)
     check_array("num_valid_tokens", value, (), (jnp.int32,))
     return value
 

@@ -22,14 +22,12 @@ def _from_bytes(text: bytes) -> tuple[Any, ...]:
     return tuple(json.loads(text))
 
 
-def register() -> None:
-    """To be called once."""
-    for dataclass in (Columns, MoEParams, SharedMLP):
-        export.register_pytree_node_serialization(
-            dataclass,
-            serialized_name=f"jaxmoe.{dataclass.__name__}",
-            serialize_auxdata=_to_bytes,
-            deserialize_auxdata=_from_bytes,
-        )
-    for named_tuple in (DispatchPlan, Routing):
-        export.register_namedtuple_serialization(named_tuple, serialized_name=f"jaxmoe.{named_tuple.__name__}")
+for _dataclass in (Columns, MoEParams, SharedMLP):
+    export.register_pytree_node_serialization(
+        _dataclass,
+        serialized_name=f"jaxmoe.{_dataclass.__name__}",
+        serialize_auxdata=_to_bytes,
+        deserialize_auxdata=_from_bytes,
+    )
+for _named_tuple in (DispatchPlan, Routing):
+    export.register_namedtuple_serialization(_named_tuple, serialized_name=f"jaxmoe.{_named_tuple.__name__}")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxmoe import arguments
 from jaxmoe.arguments import check_array
-from jaxmoe.implementation import check_not_sharded
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +40,6 @@ class SharedMLP:
         width = arguments.half("gate_up", self.gate_up.shape[1])
         check_array("down", self.down, (width, x.shape[1]), (x.dtype,))
         arguments.check_one_device(x=x, params=self)
-        check_not_sharded(x=x, gate_up=self.gate_up, down=self.down)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # as `experts`: no TF32
         both = jnp.dot(x, self.gate_up, precision=precision)
         gate, up = jnp.split(both.astype(jnp.float32), 2, axis=1)

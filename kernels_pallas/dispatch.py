@@ -22,7 +22,7 @@ AT_ONCE = 8  # rows that a clearing program clears at a time
 @dataclass(frozen=True)
 class Config:
     columns: int  # of one program
-    clear_rows: int  # rows that one clearing program looks at; 0: rows that hold no token stay as they are
+    clear_rows: int  # of one clearing program, a power of two; 0: rows that hold no token stay as they are
     num_warps: int
 
 

@@ -252,9 +252,10 @@ def moe_permute(
     Three launches, or four: one or two for the plan, one for the rows, one for offsets and index maps; three more for
     scales, one or two for ids that are not int32.
 
-    As in vLLM, rows that hold no token are not written: what they hold is open. Beside vLLM: every pair that has no
-    row, its expert being elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx`
-    (vLLM gives each of those rows to one of them). Rows need not be multiples of 16 bytes.
+    As in vLLM, rows that hold no token are not written, what they hold is open: pass the offsets to `moe_unpermute`.
+    (Where hidden_states ask for a gradient they are zero.) Beside vLLM: every pair that has no row, its expert being
+    elsewhere or its id out of range, points to the last of them, T * K - 1, in `inv_permuted_idx` (vLLM gives each of
+    those rows to one of them). Rows need not be multiples of 16 bytes.
 
     Args:
       hidden_states: [T, H] bfloat16, float16 or float32; rows may be strided. Quantised ones, of any other dtype, are
@@ -324,7 +325,8 @@ def moe_permute(
     try:
         plan = bridge.plan_dispatch(ids, n_expert if expert_map is None else n_local, expert_map=expert_map)
         offsets, inverse, index = _permute_buffers(plan, n_local, scratch)
-        rows = dispatch_rows(_as_words("hidden_states", hidden_states), plan, out=out, clear=False)
+        trained = hidden_states.requires_grad and torch.is_grad_enabled()  # 0 * NaN would reach what scales the rows
+        rows = dispatch_rows(_as_words("hidden_states", hidden_states), plan, out=out, clear=trained)
         permute_maps_out(*plan, offsets, inverse, index)  # last: before the rows, 64 tokens took 8.6 us for 6.1
     except ValueError as error:
         raise renamed(error, _PERMUTE_NAMES) from None

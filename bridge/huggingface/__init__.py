@@ -60,13 +60,14 @@ __all__ = ["Patch", "experts_forward", "patch", "unpatch"]
 class Patch(AbstractContextManager["Patch"]):
     """What `patch` returns. Leaving it as a context manager restores the model; it is entered once."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, experts: Any) -> None:
+        self._model, self._experts = model, experts  # those of one layer,
+        self._held = experts._jaxmoe  # and what they hold since this patch
         self._used = ""
 
     def restore(self) -> None:
-        """`unpatch`, on the model that was given to `patch`. Once is enough."""
-        if self._used != "restored":  # the model may be patched anew by now
+        """`unpatch`, on the model that was given to `patch`. Once is enough; what was patched anew since stays so."""
+        if getattr(self._experts, "_jaxmoe", None) is self._held:
             unpatch(self._model)
         self._used = "restored"
 
@@ -132,7 +133,7 @@ def patch(model: nn.Module, *, fuse_shared_experts: bool = False) -> Patch:
     except BaseException:
         _undo(model)
         raise
-    return Patch(model)
+    return Patch(model, layers[0].experts)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -162,11 +163,13 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _undo(model: nn.Module) -> None:
-    patched: list[Any] = [module for module in model.modules() if is_patched(module)]
-    for module in patched:
-        if is_fused(module):
-            unfold(module, module._jaxmoe)
-    for module in patched:
+    """Layer by layer: where there is no memory for one, it and those after it stay patched."""
+    blocks: list[Any] = [module for module in model.modules() if is_fused(module)]
+    for block in blocks:
+        unfold(block, block._jaxmoe)
+        for part in (block, block.gate, block.experts):
+            take(part)
+    for module in [module for module in model.modules() if is_patched(module)]:
         take(module)
 
 
@@ -309,9 +312,11 @@ def _put(layer: _Layer) -> None:
             put(module, Dense, ())
     if layer.config:
         put(layer.router, Router, layer.config)
-    kept = fold(layer.block) if layer.config and layer.config.n_shared_experts else []
+    kept: list[nn.Parameter] = []
     put(layer.experts, Experts, kept)
     put(layer.block, Block, kept)
+    if layer.config and layer.config.n_shared_experts:
+        kept += fold(layer.block)
 
 
 def _with_shared(model: nn.Module, layer: _Layer) -> _Layer:

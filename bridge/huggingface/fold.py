@@ -137,13 +137,20 @@ def _refuse(*_: Any) -> None:
 
 
 def fold(block: Any) -> list[nn.Parameter]:
-    """Moves shared experts into the stacks of the routed ones. Returns their weights, without data, for `unfold`."""
+    """Moves shared experts into the stacks of the routed ones. Returns their weights, without data, for `unfold`.
+
+    All memory is there before anything changes: a layer is folded or it is not.
+    """
     kept: list[nn.Parameter] = []
+    made = []
     for stack, parts in _stacks(block.experts).items():
         linears = [getattr(block.shared_experts, part) for part in parts]
         routed = getattr(block.experts, stack)
         with like(routed):
-            _set(routed, _join(stack, routed.data, [linear.weight.data for linear in linears]))
+            made.append((routed, linears, _join(stack, routed.data, [linear.weight.data for linear in linears])))
+    for routed, linears, joined in made:
+        with like(routed):
+            _set(routed, joined)
             for linear in linears:
                 kept.append(linear.weight)  # the object that comes back
                 _set(linear.weight, linear.weight.data.new_empty(0))
@@ -152,15 +159,20 @@ def fold(block: Any) -> list[nn.Parameter]:
 
 
 def unfold(block: Any, kept: list[nn.Parameter]) -> None:
-    """Undoes `fold`, and leaves nothing in the list."""
-    weights = iter(kept)
+    """Undoes `fold`, and leaves nothing in the list. As there, all memory comes first."""
+    weights, made = iter(kept), []
     for stack, parts in _stacks(block.experts).items():
         folded = getattr(block.experts, stack)
         with like(folded):
             routed, *shared = _split(stack, folded.data, _num_routed(block), len(parts))
-            _set(folded, copy_dense(routed))
+            made.append((folded, parts, copy_dense(routed), shared))
+    for folded, parts, routed, shared in made:
+        with like(folded):
+            _set(folded, routed)
             for part, value in zip(parts, shared, strict=True):
                 weight = next(weights)
+                if value.is_meta and not weight.is_meta:  # the model has gone there since, without what it did not hold
+                    weight = nn.Parameter(value)
                 weight.requires_grad_(folded.requires_grad)
                 _set(weight, value)
                 getattr(block.shared_experts, part).weight = weight

@@ -207,6 +207,24 @@ def test_permute_has_a_gradient(dtype: torch.dtype, device: torch.device) -> Non
     assert wanted.any()
 
 
+def test_rows_without_a_token_are_cleared_where_a_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scales the rows has a gradient, too, and 0 * NaN would be in it."""
+    cleared: list[bool] = []
+    rows_of = vllm.dispatch_rows
+
+    def recorded(*given: Any, clear: bool, **more: Any) -> torch.Tensor:
+        cleared.append(clear)
+        return rows_of(*given, clear=clear, **more)
+
+    monkeypatch.setattr(vllm, "dispatch_rows", recorded)
+    ids, x = torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, 16)
+    vllm.moe_permute(x, None, ids, 2)
+    vllm.moe_permute(x.requires_grad_(), None, ids, 2)
+    with torch.no_grad():
+        vllm.moe_permute(x, None, ids, 2)
+    assert cleared == [False, True, False]
+
+
 def test_on_a_gpu_that_the_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the ops do for such tensors, here on a CPU: they go through JAX's runtime, as jaxmoe's functions do."""
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.13")
-from bridge.huggingface import patch  # noqa: E402
+from bridge.huggingface import patch, unpatch  # noqa: E402
 from tests.bridge.test_bridge_huggingface import (  # noqa: E402
+    DENSE_FIRST,
     FEW,
+    GROUPS,
+    MLA,
+    ROUTED,
     assert_equal,
     assert_same_model,
     layers_of,
@@ -22,6 +28,8 @@ from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     small,
     snapshot,
 )
+
+fold = importlib.import_module("bridge.huggingface.fold")  # the name is that of a function there
 
 __all__ = ["small"]  # a fixture
 
@@ -229,6 +237,64 @@ def test_memory_of_the_shared_mlp_is_given_up() -> None:
         assert weight.untyped_storage().nbytes() == 0
         assert layers_of(model)[0].shared_experts.down_proj.weight is None
     assert layers_of(model)[0].shared_experts.down_proj.weight is weight
+
+
+def deepseek_of_two_layers() -> Any:
+    config = make_config("DeepseekV3Config", **ROUTED | GROUPS | MLA | DENSE_FIRST, num_hidden_layers=3)
+    return transformers.DeepseekV3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_no_memory_while_folding(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it ends, in the first layer or in the second: the model is as it was, and can be patched later."""
+    model = deepseek_of_two_layers()
+    before, expected, join, calls = snapshot(model), logits_of(model), fold._join, []
+
+    def failing(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError
+        return join(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(fold, "_join", failing)
+        patch(model, fuse_shared_experts=True)
+    assert_same_model(model, before)
+    with patch(model, fuse_shared_experts=True):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_no_memory_while_unfolding(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that are left stay patched, and whole: the model runs, and can be restored later."""
+    model = deepseek_of_two_layers()
+    before, expected = snapshot(model), logits_of(model)
+    handle = patch(model, fuse_shared_experts=True)
+    copy_dense, calls = fold.copy_dense, []
+
+    def failing(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError
+        return copy_dense(tensor)
+
+    with monkeypatch.context() as patched, contextlib.suppress(torch.OutOfMemoryError):
+        patched.setattr(fold, "copy_dense", failing)
+        handle.restore()
+    assert len(calls) > after, "it did fail"
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    unpatch(model)
+    assert_same_model(model, before)
+
+
+def test_fused_model_on_meta() -> None:
+    """As a whole it has gone there, the weights that are kept for it, too."""
+    model = make("deepseek_v3")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with patch(model, fuse_shared_experts=True):
+        model.to("meta")
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 def ernie(**fields: Any) -> Any:

@@ -18,7 +18,7 @@ import bridge
 from bridge.ops import layer as layer_ops
 
 transformers = pytest.importorskip("transformers", minversion="5.13")
-from bridge.huggingface import patch  # noqa: E402
+from bridge.huggingface import patch, unpatch  # noqa: E402
 from bridge.huggingface.modules import is_patched  # noqa: E402
 from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     assert_same_model,
@@ -194,6 +194,13 @@ def test_handle() -> None:
     assert_same_model(model, before)
     with pytest.raises(KeyError), patch(model):
         raise KeyError
+    assert_same_model(model, before)
+    handle = patch(model)
+    unpatch(model)
+    newer = patch(model)
+    handle.restore()
+    assert is_patched(layers_of(model)[0].experts), "by another patch"
+    newer.restore()
     assert_same_model(model, before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from dataclasses import fields
 from typing import Any
@@ -26,6 +27,12 @@ def test_ids_and_slots() -> None:
     assert (config.num_slots, config.num_expert_ids) == (4, 14)
 
 
+class Scoring(str, enum.Enum):  # noqa: UP042
+    """As programs that have their options in enums may pass it."""
+
+    SOFTMAX = "softmax"
+
+
 def test_json() -> None:
     """As json writes it, and back."""
     odd = RoutingConfig(num_experts=8, top_k=2, routed_scaling_factor=-1e-7, group_score="max", renormalize=False)
@@ -33,6 +40,11 @@ def test_json() -> None:
         values = [getattr(config, field.name) for field in fields(config)]
         assert config.json == json.dumps(values, separators=(",", ":"))
         assert RoutingConfig.from_json(config.json) == config
+    named = RoutingConfig(num_experts=8, top_k=2, scoring_func=Scoring.SOFTMAX)
+    assert RoutingConfig.from_json(named.json) == named == RoutingConfig(num_experts=8, top_k=2, scoring_func="softmax")
+    for text in ("[1]", "{}", "3"):
+        with pytest.raises(ValueError, match=r"text: expected the json of a RoutingConfig, a list of 11 fields, got"):
+            RoutingConfig.from_json(text)
 
 
 def test_numbers_of_numpy() -> None:

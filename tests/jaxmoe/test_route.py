@@ -88,6 +88,8 @@ def test_num_valid_tokens_of_numpy_and_under_x64() -> None:
     with jax.enable_x64(True):
         got = jax.jit(lambda number: route(logits, num_valid_tokens=number).experts)(4)
         np.testing.assert_array_equal(got, want)
+        many = jax.jit(lambda number: route(logits, num_valid_tokens=number).experts)(2**32 + 1)
+        np.testing.assert_array_equal(many, route(logits).experts)
         with pytest.raises(ValueError, match=r"num_valid_tokens: expected int32 \[\], got int64\[\]"):
             route(logits, num_valid_tokens=jnp.int64(4))
 
