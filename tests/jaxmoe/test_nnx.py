@@ -255,11 +255,12 @@ def test_initialisers() -> None:
     """They are called as Flax's are, and what they say of sharding stays with the parameter."""
     asked = []
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any, value: float = 0.0) -> jax.Array:
         asked.append((shape, dtype))
-        return jnp.full(shape, len(asked), dtype)
+        return jnp.full(shape, value, dtype)
 
-    moe = make(router_init=init, gate_up_init=init, down_init=init, param_dtype=BF16)
+    first, second, third = (functools.partial(init, value=value) for value in (1.0, 2.0, 3.0))
+    moe = make(router_init=first, gate_up_init=second, down_init=third, param_dtype=BF16)
     assert asked == [((6, HIDDEN), BF16), ((7, HIDDEN, 2 * INNER), BF16), ((7, INNER, HIDDEN), BF16)]
     assert [float(w[...].mean()) for w in (moe.router, moe.gate_up, moe.down)] == [1.0, 2.0, 3.0]
     names = ("expert", "embed", "mlp")
@@ -267,7 +268,8 @@ def test_initialisers() -> None:
         moe = make(gate_up_init=nnx.with_partitioning(init, names))
         assert moe.gate_up[...].sharding.spec == jax.sharding.PartitionSpec(*names)
         assert np.isfinite(moe(X)[0]).all()
-    mlp = GatedMLP(HIDDEN, 4, gate_up_init=init, down_init=init, rngs=nnx.Rngs(0))
+    mlp = GatedMLP(HIDDEN, 4, gate_up_init=second, down_init=third, rngs=nnx.Rngs(0))
+    assert [float(w[...].mean()) for w in (mlp.gate_up, mlp.down)] == [2.0, 3.0]
     assert [shape for shape, _ in asked[-2:]] == [(HIDDEN, 8), (4, HIDDEN)]
     moe = make(ALONE, shared_intermediate_size=4)
     moe.shared = mlp

@@ -111,15 +111,18 @@ def test_combine_up_to_an_end(end: int) -> None:
 @pytest.mark.parametrize("clear_rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("num_rows", [6, 21, 40])
 def test_dispatch_however_many_rows_a_program_clears(num_rows: int, clear_rows: int) -> None:
-    """Rows without a token, one by one and side by side, in several pieces, and in a last program of fewer rows."""
+    """Rows without a token, one by one and side by side, in several pieces, and in a last program of fewer rows.
+
+    Those programs leave alone what holds a token: here row 4, to which no other program writes.
+    """
     x = normal(1, 2, 40)
     rows = jnp.asarray([[3, -1], [0, 5]], jnp.int32)
-    slots = jnp.full(num_rows, -1, jnp.int32).at[jnp.asarray([3, 0, 5])].set(jnp.asarray([0, 2, 3]))
+    slots = jnp.full(num_rows, -1, jnp.int32).at[jnp.asarray([3, 0, 5, 4])].set(jnp.asarray([0, 2, 3, 1]))
     config = dispatch.Config(columns=16, clear_rows=clear_rows, num_warps=1)
     poisoned = jnp.full((num_rows, 40), jnp.nan)
     got = dispatch.dispatch(x, rows, slots, out=poisoned, config=config, interpret=True)
     expected = np.zeros((num_rows, 40), np.float32)
-    expected[[3, 0, 5]] = np.asarray(x)[[0, 1, 1]]
+    expected[[3, 0, 5]], expected[4] = np.asarray(x)[[0, 1, 1]], np.nan
     np.testing.assert_array_equal(got, expected, strict=True)
 
 
