@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+
+from tests.devices import run_on_cpus
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -64,13 +63,8 @@ print("devices of the gradient:", len(apart[2][0].gate_up.devices()))
 @pytest.mark.parametrize("devices", [1, 4])
 def test_expert_parallel(devices: int) -> None:
     """The output, the load and every gradient, of experts that lie apart and of all in one place."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
-    command = [sys.executable, "-c", APART, str(EXAMPLES / "expert_parallel.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"devices of the gradient: {devices}\n" in done.stdout
+    printed = run_on_cpus(devices, APART, str(EXAMPLES / "expert_parallel.py"))
+    assert f"devices of the gradient: {devices}\n" in printed
 
 
 def test_torch_module() -> None:

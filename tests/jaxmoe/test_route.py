@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ from jaxmoe import RoutingConfig
 from tests import cases, oracle
 from tests.cases import CASES, IDS, SMALL, normal
 from tests.check_route import check_route
+from tests.devices import run_on_cpus
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -366,9 +364,6 @@ def test_update_bias_on_two_devices() -> None:
                 print(str(error).replace(str(here), "here").replace(str(there), "there"))
         print(jaxmoe.update_bias(**arrays).tolist())
     """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_on_cpus(2, program)
     named = [f"{name}: expected the device of bias, here, got there" for name in ("load", "rate")]
-    assert done.stdout.splitlines() == [*named, "[0.5, 0.0, -0.5]"]
+    assert printed.splitlines() == [*named, "[0.5, 0.0, -0.5]"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from tests.devices import run_on_cpus
 
 PROGRAM = """
 import functools
@@ -83,9 +81,6 @@ with jax.set_mesh(mesh):
 
 def test_shard_map() -> None:
     """With shard_map's own checks and without; the interpreter of Pallas itself runs only without them."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in (os.getcwd(), os.environ.get("PYTHONPATH")) if path)
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("agrees:") == 6
-    assert "logits: expected an array that is not sharded over the mesh's explicit axes ('data',)" in done.stdout
+    printed = run_on_cpus(2, PROGRAM)
+    assert printed.count("agrees:") == 6
+    assert "logits: expected an array that is not sharded over the mesh's explicit axes ('data',)" in printed
