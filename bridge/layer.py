@@ -13,8 +13,9 @@ from bridge import path
 from bridge.call import call
 from bridge.checks import check
 from bridge.ops import layer as ops
-from bridge.ops.experts import as_they_lie, check_weight, is_view
+from bridge.ops.experts import as_they_lie, check_weight
 from bridge.routing import Routing, check_count, count, without_gradient
+from bridge.views import is_view
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
 

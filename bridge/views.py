@@ -226,6 +226,12 @@ def made_dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def is_view(weight: Any) -> bool:
+    """Whether a stack of weights is the transpose of what lies in memory."""
+    is_stack = isinstance(weight, torch.Tensor) and weight.ndim == 3
+    return is_stack and not weight.is_contiguous() and weight.mT.is_contiguous()
+
+
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether JAX takes the tensor's address."""
     return tensor.data_ptr() % ALIGNMENT[tensor.device.type] == 0

@@ -12,6 +12,7 @@ from bridge.call import call
 from bridge.checks import INT32, check, check_layout
 from bridge.native import experts as native
 from bridge.ops.library import define
+from bridge.views import is_view
 from jaxmoe.arguments import half
 
 Tensor = torch.Tensor
@@ -27,12 +28,6 @@ def check_weight(name: str, weight: Tensor, device: torch.device) -> None:
             f"{name}: expected a contiguous tensor or the transpose of one, got strides {weight.stride()} for "
             f"{list(weight.shape)}; pass {name}.contiguous()"
         )
-
-
-def is_view(weight: Any) -> bool:
-    """Whether a weight is the transpose of what lies in memory."""
-    is_stack = isinstance(weight, torch.Tensor) and weight.ndim == 3
-    return is_stack and native.is_transposed(weight) and weight.mT.is_contiguous()
 
 
 def as_they_lie(*weights: Tensor) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:

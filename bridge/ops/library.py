@@ -12,14 +12,9 @@ from typing import Any
 import torch
 
 from bridge.autograd import once
-from bridge.views import is_aligned, made_dense
+from bridge.views import is_aligned, is_view, made_dense
 
 LIBRARY = torch.library.Library("jaxmoe", "DEF")
-
-
-def _is_turned(tensor: torch.Tensor) -> bool:
-    """Whether these are weights that lie transposed, which are read as they lie."""
-    return tensor.ndim == 3 and tensor.mT.is_contiguous() and is_aligned(tensor)
 
 
 def _slice(tensor: torch.Tensor, axis: int | None, index: int) -> torch.Tensor:
@@ -29,8 +24,12 @@ def _slice(tensor: torch.Tensor, axis: int | None, index: int) -> torch.Tensor:
     found = tensor.select(axis, index)
     if found.device.type != "cpu":
         return found
-    turned = found.ndim == 3 and found.mT.is_contiguous()
-    return found.clone(memory_format=torch.preserve_format if turned else torch.contiguous_format)
+    return found.clone(memory_format=torch.preserve_format if is_view(found) else torch.contiguous_format)
+
+
+def _mended(tensor: torch.Tensor) -> torch.Tensor:
+    """`made_dense`, but for weights that lie transposed, which are read as they lie."""
+    return tensor if is_view(tensor) and is_aligned(tensor) else made_dense(tensor)
 
 
 def register_batch(name: str, op: Callable[..., Any]) -> None:
@@ -75,9 +74,7 @@ def define(
 
     def without_gradient(*args: Any) -> Any:
         if mended:
-            args = tuple(
-                made_dense(arg) if isinstance(arg, torch.Tensor) and not _is_turned(arg) else arg for arg in args
-            )
+            args = tuple(_mended(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
         with torch.no_grad():  # autograd is above; the DLPack bridge would start a graph of its own
             return plain(*args)
 
