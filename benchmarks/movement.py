@@ -32,6 +32,17 @@ def _calls(tokens: int) -> int:
     return 20 if tokens <= 4096 else 4
 
 
+def _buffers(tokens: int, top_k: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(x, rows, y), each as often as it takes for the cache to have lost one by the time it comes round again."""
+    pairs = tokens * top_k
+    number = range(timing.input_sets((tokens + pairs) * WIDTH * 2, calls=_calls(tokens)))
+    return (
+        [random(tokens, WIDTH) for _ in number],
+        [empty(pairs, WIDTH) for _ in number],
+        [empty(tokens, WIDTH) for _ in number],
+    )
+
+
 def movement(quick: bool) -> Iterator[Build]:
     """plan, dispatch, both, and combine, at DeepSeek-V3's width."""
     for tokens in (1, 64, 512, 4096) if quick else TOKENS:
@@ -40,11 +51,9 @@ def movement(quick: bool) -> Iterator[Build]:
 
 def _movement(tokens: int) -> Iterator[Operation]:
     pairs, row, calls = tokens * TOP_K, WIDTH * 2, _calls(tokens)
-    num_sets = timing.input_sets((tokens + pairs) * row, calls=calls)
-    x = [random(tokens, WIDTH) for _ in range(num_sets)]
+    x, rows, y = _buffers(tokens, TOP_K)
+    num_sets = len(x)
     ids, weights = _random_ids(tokens), torch.rand(tokens, TOP_K, device=operation.DEVICE)
-    rows = [empty(pairs, WIDTH) for _ in range(num_sets)]
-    y = [empty(tokens, WIDTH) for _ in range(num_sets)]
     plan = bridge.plan_dispatch(ids, EXPERTS)
     permutes = [peers.Permute(out, TOP_K, EXPERTS) for out in rows] if peers.loaded(peers.vllm) else []
 
@@ -112,10 +121,8 @@ def elsewhere(quick: bool) -> Iterator[Build]:
 
 def _elsewhere(tokens: int) -> Iterator[Operation]:
     pairs, row, calls, local = tokens * TOP_K, WIDTH * 2, _calls(tokens), max(EXPERTS // 8, 1)
-    num_sets = timing.input_sets((tokens + pairs) * row, calls=calls)
-    x = [random(tokens, WIDTH) for _ in range(num_sets)]
-    rows = [empty(pairs, WIDTH) for _ in range(num_sets)]
-    y = [empty(tokens, WIDTH) for _ in range(num_sets)]
+    x, rows, y = _buffers(tokens, TOP_K)
+    num_sets = len(x)
     ids, weights = _random_ids(tokens), torch.rand(tokens, TOP_K, device=operation.DEVICE)
     here = torch.full((EXPERTS,), -1, dtype=torch.int32, device=operation.DEVICE)
     here[:local] = torch.arange(local, device=operation.DEVICE)
@@ -218,12 +225,10 @@ def _step(name: str, tokens: int) -> Iterator[Operation]:
     config, calls = config_of(name), _calls(tokens)
     experts, k = config.num_experts, config.top_k
     pairs, row = tokens * k, WIDTH * 2
-    num_sets = timing.input_sets((tokens + pairs) * row, calls=calls)
-    x = [random(tokens, WIDTH) for _ in range(num_sets)]
+    x, rows, y = _buffers(tokens, k)
+    num_sets = len(x)
     logits = [random(tokens, experts) for _ in range(num_sets)]
     bias = bias_of(config)
-    rows = [empty(pairs, WIDTH) for _ in range(num_sets)]
-    y = [empty(tokens, WIDTH) for _ in range(num_sets)]
     routings, written = [empty_routing(config, tokens) for _ in range(num_sets)], (rows[0], y[0])
 
     def ours(i: int) -> tuple[Tensor, ...]:
