@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from jaxmoe.dispatch import check_max_rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INT32 = (torch.int32,)
@@ -38,6 +42,26 @@ def check(name: str, tensor: Any, sizes: Sequence[Any], dtypes: Sequence[torch.d
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor {wanted}, got {type(tensor).__name__}")
     raise ValueError(f"{name}: expected {wanted}, got {_name(tensor.dtype)}{list(tensor.shape)}")
+
+
+def check_at_least_one(name: str, tensor: torch.Tensor, axis: int) -> None:
+    """Raises ValueError where `tensor` is empty along `axis`."""
+    if tensor.shape[axis] < 1:
+        got = f"{_name(tensor.dtype)}{list(tensor.shape)}"
+        raise ValueError(f"{name}: expected at least one element along axis {axis}, got {got}")
+
+
+def most_rows(max_rows: Any, align: int) -> Any:
+    """`max_rows` of a plan, checked, numpy's integers as ints.
+
+    Not by `as_int`: where it goes with the tokens, torch.compile has one graph for many of them. Of a number that it
+    does not know the op that takes it checks the value.
+    """
+    if isinstance(max_rows, np.integer):
+        max_rows = operator.index(max_rows)
+    if not isinstance(max_rows, (int, torch.SymInt)) or isinstance(max_rows, bool):
+        check_max_rows(max_rows, align)
+    return max_rows
 
 
 def check_layout(device: torch.device, **tensors: torch.Tensor | None) -> None:

@@ -9,7 +9,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_no_gradient
+from bridge.checks import INT32, check, check_no_gradient, most_rows
 from bridge.ops import dispatch as ops
 from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
@@ -35,6 +35,7 @@ def plan_dispatch(
     *,
     align: int = 1,
     expert_map: torch.Tensor | None = None,
+    max_rows: int | None = None,
     implementation: str | None = None,
 ) -> DispatchPlan:
     """Plans the permutation of (token, slot) pairs into expert order: `jaxmoe.plan_dispatch` on tensors.
@@ -44,11 +45,13 @@ def plan_dispatch(
       num_experts: how many experts there are here (shared ids count: `config.num_expert_ids`).
       align: each expert's rows start at, and fill up to, a multiple of this.
       expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here (expert parallelism).
+      max_rows: M is at most this, a multiple of align; pairs whose row would lie behind are dropped, those of the last
+        experts. `jaxmoe.plan_dispatch` says how to notice.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       DispatchPlan(rows [T, S], slots [M], group_sizes [num_experts]), all int32. M = T*S for align=1, otherwise
-      T*S + num_experts*(align-1) rounded up to a multiple of align.
+      T*S + num_experts*(align-1) rounded up to a multiple of align; or max_rows where that is less.
 
     Raises:
       ValueError: names the argument, what was expected and what came.
@@ -64,10 +67,11 @@ def plan_dispatch(
     num_experts, align = as_int(num_experts), as_int(align)
     if path.takes_ops(experts, implementation):
         check_plan_sizes(num_experts, align)
+        max_rows = most_rows(max_rows, align)
         if expert_map is not None:
             check("expert_map", expert_map, ("ids",), INT32)
-        return DispatchPlan(*ops.plan_dispatch(experts, num_experts, align, expert_map))
-    options = {"num_experts": num_experts, "align": align, "implementation": implementation}
+        return DispatchPlan(*ops.plan_dispatch(experts, num_experts, align, expert_map, max_rows))
+    options = {"num_experts": num_experts, "align": align, "max_rows": max_rows, "implementation": implementation}
     return DispatchPlan(*call(jaxmoe.plan_dispatch, {"experts": experts, "expert_map": expert_map}, options))
 
 

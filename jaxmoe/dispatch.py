@@ -35,16 +35,22 @@ class DispatchPlan(NamedTuple):
 
 
 def _plan(
-    static: tuple[int, int, str | None], experts: jax.Array, expert_map: jax.Array | None
+    static: tuple[int, int, int | None, str | None], experts: jax.Array, expert_map: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    num_experts, align, implementation = static
-    xla = functools.partial(reference.plan_dispatch, num_experts=num_experts, align=align)
+    num_experts, align, max_rows, implementation = static
+    xla = functools.partial(reference.plan_dispatch, num_experts=num_experts, align=align, max_rows=max_rows)
 
     def kernels(experts: jax.Array, expert_map: Any, *, target: str, interpret: bool) -> tuple[jax.Array, ...]:
         if experts.size == 0:
             return xla(experts, expert_map)
         return plan_kernel(
-            experts, expert_map, num_experts=num_experts, align=align, target=target, interpret=interpret
+            experts,
+            expert_map,
+            num_experts=num_experts,
+            align=align,
+            max_rows=max_rows,
+            target=target,
+            interpret=interpret,
         )
 
     return run(implementation, kernels, xla, experts, expert_map)
@@ -59,6 +65,13 @@ def check_plan_sizes(num_experts: Any, align: Any) -> None:
     for name, value, limit in (("num_experts", num_experts, most), ("align", align, 2**20)):
         if type(value) is not int or not 1 <= value <= limit:
             raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
+
+
+def check_max_rows(max_rows: Any, align: int) -> None:
+    """Raises ValueError unless a plan with this alignment can be cut to so many rows."""
+    if max_rows is not None and (type(max_rows) is not int or max_rows < 1 or max_rows % align):
+        wanted = "int" if align == 1 else f"multiple of align={align}"
+        raise ValueError(f"max_rows: expected a positive {wanted}, got {max_rows!r}")
 
 
 MOST_ROWS = 3 * 2**29
@@ -80,6 +93,7 @@ def plan_dispatch(
     *,
     align: int = 1,
     expert_map: jax.Array | None = None,
+    max_rows: int | None = None,
     implementation: str | None = None,
 ) -> DispatchPlan:
     """Plans the permutation of (token, slot) pairs into expert order: a stable counting sort in one kernel or two.
@@ -93,11 +107,15 @@ def plan_dispatch(
       num_experts: how many experts there are here, 1 to 2048 (shared ids count: `config.num_expert_ids`).
       align: each expert's rows start at, and fill up to, a multiple of this.
       expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here (expert parallelism).
+      max_rows: M is at most this, a multiple of align: with an expert_map few of so many rows hold a token. Pairs whose
+        row would lie behind are dropped, those of the last experts, and groups end there. To notice, compare with the
+        sum of the load of the experts here, each rounded up to align; or count `(plan.rows < 0).sum()`, in which are
+        the pairs that go elsewhere, too.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
       DispatchPlan(rows [T, S], slots [M], group_sizes [num_experts]), all int32. M = T*S for align=1, otherwise
-      T*S + num_experts*(align-1) rounded up to a multiple of align.
+      T*S + num_experts*(align-1) rounded up to a multiple of align; or max_rows where that is less.
 
     Raises:
       ValueError: names the argument, what was expected and what came.
@@ -109,31 +127,45 @@ def plan_dispatch(
       >>> plan = jaxmoe.plan_dispatch(jnp.array([[2, 0], [0, -1]], jnp.int32), 3)
       >>> plan.rows.tolist(), plan.slots.tolist(), plan.group_sizes.tolist()
       ([[2, 0], [1, -1]], [1, 2, 0, -1], [2, 0, 1])
+      >>> plan = jaxmoe.plan_dispatch(jnp.array([[2, 0], [0, -1]], jnp.int32), 3, max_rows=2)
+      >>> plan.rows.tolist(), plan.slots.tolist(), plan.group_sizes.tolist()
+      ([[-1, 0], [1, -1]], [1, 2], [2, 0, 0])
     """
     check_array("experts", experts, ("T", "S"), (jnp.int32,))
     arguments.check_at_least_one("experts", experts, 1)
-    num_experts, align = as_int(num_experts), as_int(align)
+    num_experts, align, max_rows = as_int(num_experts), as_int(align), as_int(max_rows)
     check_plan_sizes(num_experts, align)
+    check_max_rows(max_rows, align)
     check_plan_rows(experts.shape, num_experts, align)
     if expert_map is not None:
         check_array("expert_map", expert_map, ("ids",), (jnp.int32,))
         arguments.check_at_least_one("expert_map", expert_map, 0)
     check_implementation(implementation, experts, expert_map)
     arguments.check_one_device(experts=experts, expert_map=expert_map)
-    return DispatchPlan(*_plan_jit((num_experts, align, implementation), experts, expert_map))
+    return DispatchPlan(*_plan_jit((num_experts, align, max_rows, implementation), experts, expert_map))
 
 
 def move(
-    implementation: str | None, x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, dtype: Any
+    implementation: str | None,
+    x: Rows,
+    rows: jax.Array,
+    slots: jax.Array,
+    scale: Any,
+    out: Any,
+    dtype: Any,
+    end: jax.Array | None = None,
 ) -> jax.Array:
-    """dispatch, times `scale` where it is given: forward of dispatch, and the gradient of combine."""
+    """dispatch, times `scale` where it is given: forward of dispatch, and the gradient of combine.
 
-    def xla(x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any) -> jax.Array:
-        del out
+    Nobody reads the rows at or past end, int32 [1].
+    """
+
+    def xla(x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, end: Any) -> jax.Array:
+        del out, end
         return reference.dispatch(dense(x), rows, slots, scale, dtype)
 
     def kernels(
-        x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, *, target: str, interpret: bool
+        x: Rows, rows: jax.Array, slots: jax.Array, scale: Any, out: Any, end: Any, *, target: str, interpret: bool
     ) -> jax.Array:
         array, column = base(x)
         return dispatch_kernel(
@@ -141,6 +173,7 @@ def move(
             rows,
             slots,
             scale=scale,
+            end=end,
             column=column,
             width=x.shape[1],
             out=out,
@@ -151,7 +184,7 @@ def move(
 
     if 0 in (rows.shape[0], slots.shape[0], x.shape[1]):  # rows that hold no token, if any
         return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
-    return run(implementation, kernels, xla, x, rows, slots, scale, out)
+    return run(implementation, kernels, xla, x, rows, slots, scale, out, end)
 
 
 def gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any) -> jax.Array:

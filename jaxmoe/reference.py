@@ -144,11 +144,11 @@ def router_logits_grad(grad: jax.Array, x: jax.Array, weight: jax.Array) -> tupl
 
 
 def plan_dispatch(
-    experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int
+    experts: jax.Array, expert_map: jax.Array | None, *, num_experts: int, align: int, max_rows: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts])."""
     num_items = experts.size
-    total = num_rows(num_items, num_experts, align)
+    total = num_rows(num_items, num_experts, align, max_rows)
     ids = experts.reshape(-1)
     if expert_map is not None:
         known = (ids >= 0) & (ids < expert_map.size)
@@ -161,10 +161,10 @@ def plan_dispatch(
     first_sorted = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
     first_row = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
     row = first_row[sorted_ids] + jnp.arange(num_items, dtype=jnp.int32) - first_sorted[sorted_ids]
-    row = jnp.where(sorted_ids < num_experts, row, -1)
+    row = jnp.where((sorted_ids < num_experts) & (row < total), row, -1)
     rows = jnp.zeros(num_items, jnp.int32).at[order].set(row)
     slots = jnp.full(total, -1, jnp.int32).at[jnp.where(row < 0, total, row)].set(order, mode="drop")
-    return rows.reshape(experts.shape), slots, sizes
+    return rows.reshape(experts.shape), slots, jnp.diff(jnp.minimum(first_row, total))
 
 
 def dispatch(

@@ -53,11 +53,13 @@ def _dispatch_kernel(
     width: int,
     column: int,
     has_scale: bool,
+    has_end: bool,
     num_tokens: Any,
     num_rows: Any,
 ) -> None:
     x_ref, rows_ref, slots_ref, *rest = refs
     scale_ref = rest[0] if has_scale else None
+    end_ref = rest[int(has_scale)] if has_end else None
     out_ref = rest[-1]
     tiles = pl.cdiv(width, config.columns)
     # Clearing comes first: where all of its rows are empty, a program has much to write, and would be the last to end.
@@ -79,16 +81,17 @@ def _dispatch_kernel(
 
     if config.clear_rows:
         first = (program + clearing) * config.clear_rows
-        pl.when(program < 0)(lambda: _clear(slots_ref, out_ref, first, config, num_rows))
+        end = num_rows if end_ref is None else jnp.minimum(num_rows, end_ref[0])
+        pl.when(program < 0)(lambda: _clear(slots_ref, out_ref, first, config, end))
 
 
-def _clear(slots_ref: Any, out_ref: Any, first: jax.Array, config: Config, num_rows: Any) -> None:
-    """Zeros where no token is, in the rows of one program."""
+def _clear(slots_ref: Any, out_ref: Any, first: jax.Array, config: Config, end: Any) -> None:
+    """Zeros where no token is, in the rows of one program before `end`."""
     at_once, width = min(config.clear_rows, AT_ONCE), out_ref.shape[1]
 
     def find(start: Any, number: int) -> tuple[jax.Array, jax.Array]:
         row = first + start + iota((number,), 0)
-        return row, load(slots_ref.at[row], mask=row < num_rows, other=0) < 0
+        return row, load(slots_ref.at[row], mask=row < end, other=0) < 0
 
     def clear(i: jax.Array, _: None) -> None:
         row, empty = find(i * at_once, at_once)
@@ -113,6 +116,7 @@ def dispatch(
     slots: jax.Array,
     *,
     scale: jax.Array | None = None,
+    end: jax.Array | None = None,
     column: int = 0,
     width: int | None = None,
     out: jax.Array | None = None,
@@ -125,6 +129,7 @@ def dispatch(
     """[M, width]: row rows[t, j] is x[t] (times scale[t, j]); rows that hold no token are zero, if `clear`.
 
     x [T, at least column + width], of which the columns from `column` on are read; rows int32 [T, S]; slots int32 [M].
+    `end` int32 [n]: rows at or past its first number hold no token, and are not cleared.
     `out` [M, width]: the result takes over its buffer.
     """
     num_tokens, num_slots = rows.shape
@@ -132,7 +137,7 @@ def dispatch(
     dtype = dtype or x.dtype
     num_rows = slots.shape[0]
     config = config or config_for(num_rows, rows.size, width, dtype, target, clear=clear)
-    args = [x, rows, slots, *([] if scale is None else [scale])]
+    args = [x, rows, slots, *([] if scale is None else [scale]), *([] if end is None else [end])]
     kernel = functools.partial(
         _dispatch_kernel,
         config=config,
@@ -140,6 +145,7 @@ def dispatch(
         width=width,
         column=column,
         has_scale=scale is not None,
+        has_end=end is not None,
     )
     return launch(
         kernel,

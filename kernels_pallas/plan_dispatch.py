@@ -8,6 +8,9 @@ launch counts each chunk's experts, block after block. In the second every block
 it the first free row of each expert; a pair's row lies behind it by as many as chose the expert before in the block. So
 the work grows linearly with the number of pairs.
 
+What is planned does not depend on how many rows there are. Where there are fewer than the pairs may take (`max_rows`),
+each program leaves out what lies behind the last row.
+
 The results come in one of two forms: the plan, or (align_blocks.py) the order of pairs with each block's expert.
 """
 
@@ -73,12 +76,11 @@ def width(num_experts: int) -> int:
     return max(next_power_of_2(num_experts), 64)
 
 
-def num_rows(num_items: int, num_experts: int, align: int) -> int:
-    """M: rows that hold every pair wherever the pairs fall."""
-    if align == 1:
-        return num_items
-    # Plain arithmetic: torch.compile passes symbols.
-    return (num_items + num_experts * (align - 1) + align - 1) // align * align
+def num_rows(num_items: int, num_experts: int, align: int, max_rows: int | None = None) -> int:
+    """M: rows that hold every pair wherever the pairs fall, or max_rows where these are fewer."""
+    # Plain arithmetic: torch.compile passes symbols, though no `max_rows`.
+    rows = num_items if align == 1 else (num_items + num_experts * (align - 1) + align - 1) // align * align
+    return rows if max_rows is None else min(rows, max_rows)
 
 
 def sizes_for(num_items: int, rows: int, config: Config) -> dict[str, int]:
@@ -198,7 +200,8 @@ def _place_kernel(
         return found if index.shape[0] <= block else jnp.where(index < block, found, -1)
 
     def give(index: jax.Array, row: jax.Array) -> None:
-        """Row -1 for none; past the block there is none."""
+        """Row -1 for none; past the block there is none, nor past the last row."""
+        row = jnp.where(row < rows, row, -1)
         item, goes = start + index, row >= 0
         if out.rows is not None:
             store(out.rows.at[item], row, mask=(index < block) & (item < num_items))
@@ -221,7 +224,7 @@ def _place_kernel(
     size = size + forms.padding(size, align)
     end = jnp.cumsum(size, axis=0, dtype=jnp.int32)
     if out.sizes is not None:
-        store(out.sizes.at[expert], size, mask=inside & (program == 0))
+        store(out.sizes.at[expert], forms.held(end - size, size, rows), mask=inside & (program == 0))
     first = end - size + before
 
     if assembly:
@@ -289,13 +292,17 @@ def plan_dispatch(
     *,
     num_experts: int,
     align: int = 1,
+    max_rows: int | None = None,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0."""
+    """(rows int32 [T, S], slots int32 [M], group_sizes int32 [num_experts]) of experts int32 [T, S], both over 0.
+
+    M is at most `max_rows`, a multiple of align: pairs whose row would lie behind are dropped, groups end there.
+    """
     shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.int32)
-    length = num_rows(experts.size, num_experts, align)
+    length = num_rows(experts.size, num_experts, align, max_rows)
     rows, slots, group_sizes = planned(
         experts,
         expert_map,

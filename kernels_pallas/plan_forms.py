@@ -56,6 +56,11 @@ def padding(count: jax.Array, align: int) -> jax.Array:
     return -count % align
 
 
+def held(first: jax.Array, count: jax.Array, rows: Any) -> jax.Array:
+    """How many of count[i] rows from first[i] on there are: a plan may be cut to fewer rows than its pairs take."""
+    return jnp.minimum(first + count, rows) - jnp.minimum(first, rows)
+
+
 def fill(ref: Any, value: Any, first: Any, end: Any, share: Any, num_shares: Any) -> None:
     """Writes the value to one of `num_shares` shares of what lies from `first` to `end`."""
 
@@ -67,13 +72,14 @@ def fill(ref: Any, value: Any, first: Any, end: Any, share: Any, num_shares: Any
 
 
 def fill_runs(ref: Any, value: jax.Array, first: jax.Array, count: jax.Array, end: Any) -> None:
-    """Writes value[i] to `count[i]` places from first[i] on; `end` lies behind all."""
+    """Writes value[i] to `count[i]` places from first[i] on, but to none from `end` on."""
     tile = (first.shape[0], 64)
 
     def step(i: jax.Array, _: None) -> None:
         index = i * tile[1] + iota(tile, 1)
-        inside = index < count[:, None]
-        at = jnp.where(inside, first[:, None] + index, end + iota(tile, 0) * tile[1] + iota(tile, 1))
+        at = first[:, None] + index
+        inside = (index < count[:, None]) & (at < end)
+        at = jnp.where(inside, at, end + iota(tile, 0) * tile[1] + iota(tile, 1))
         store(ref.at[at], jnp.broadcast_to(value[:, None], tile), mask=inside)
 
     jax.lax.fori_loop(0, cdiv(jnp.max(count), tile[1]), step, None)

@@ -65,12 +65,13 @@ def plan_kernel(
     def give(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         word, row = carry
         lowest, goes = word & -word, word != 0
+        fits = goes & (row < rows)
         item = iota(word.shape, 1) * BITS + jax.lax.population_count(lowest - 1)
         # Masked lanes point past the end, each elsewhere: the interpreter writes old values where the mask is off.
         past = iota(word.shape, 0) * words + iota(word.shape, 1)
         if out.rows is not None:
-            store(out.rows.at[jnp.where(goes, item, num_items + past)], row, mask=goes)
-        store(out.slots.at[jnp.where(goes, row, rows + past)], item, mask=goes)
+            store(out.rows.at[jnp.where(goes, item, num_items + past)], jnp.where(fits, row, -1), mask=goes)
+        store(out.slots.at[jnp.where(fits, row, rows + past)], item, mask=fits)
         return word ^ lowest, row + 1
 
     jax.lax.fori_loop(0, jnp.max(count), give, (word, row))
@@ -81,11 +82,11 @@ def plan_kernel(
         store(out.rows.at[item], jnp.full((share,), -1, jnp.int32), mask=(local(item) < 0) & (item < num_items))
     mine = first + iota((owned,), 0)
     inside = mine < num_experts
-    forms.fill(out.slots, out.empty, end, rows, program, programs)
+    forms.fill(out.slots, out.empty, jnp.minimum(end, rows), rows, program, programs)
     if align > 1:
         forms.fill_runs(out.slots, jnp.full((owned,), out.empty, jnp.int32), start + size, padding, rows)
     if out.sizes is not None:
-        store(out.sizes.at[mine], size + padding, mask=inside)
+        store(out.sizes.at[mine], forms.held(start, size + padding, rows), mask=inside)
     else:
         whole = cdiv(rows, align)
         called = forms.name(names_ref, mine, num_experts)

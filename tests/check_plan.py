@@ -33,6 +33,7 @@ class PlanCase:
     align: int = 1
     ids: Callable[[int, int], np.ndarray] | None = None  # (tokens, slots) -> ids
     expert_map: tuple[int, ...] | None = None
+    max_rows: int | None = None
 
     def inputs(self, tokens: int | None = None) -> tuple[jax.Array, jax.Array | None]:
         count = self.tokens if tokens is None or self.tokens == 0 else tokens
@@ -44,6 +45,10 @@ class PlanCase:
 
 def drawn(low: int, high: int) -> Callable[[int, int], np.ndarray]:
     return lambda t, s: np.random.default_rng(1).integers(low, high, (t, s))
+
+
+def in_turn(count: int) -> Callable[[int, int], np.ndarray]:
+    return lambda t, s: np.arange(t * s).reshape(t, s) % count
 
 
 PLAN_CASES = [
@@ -71,15 +76,38 @@ PLAN_CASES = [
     PlanCase("256 experts, 9 slots: DeepSeek-V3", 257, slots=9),
     PlanCase("1024 experts", 1024, tokens=40),
     PlanCase("more pairs than one block", 6, tokens=150),
+    PlanCase("cut within a group", 5, max_rows=20, ids=drawn(-1, 6)),
+    PlanCase("cut where a group ends", 3, max_rows=28, ids=in_turn(3)),
+    PlanCase("cut to one row", 5, max_rows=1),
+    PlanCase("cut to as many rows as there are", 5, max_rows=42),
+    PlanCase("rows for more than there is", 5, align=3, max_rows=2**20 * 3),
+    PlanCase("cut before the last expert has a row", 9, max_rows=6, ids=lambda t, s: drawn(0, 2)(t, s) * 8),
+    PlanCase("cut, aligned to 3", 7, align=3, max_rows=30),
+    PlanCase("cut within a group, aligned to 64", 3, tokens=100, align=64, max_rows=192, ids=in_turn(3)),
+    PlanCase("cut where a group ends, aligned to 64", 3, tokens=100, align=64, max_rows=256, ids=in_turn(3)),
+    PlanCase("cut to one block", 5, align=64, max_rows=64),
+    PlanCase("cut, with an expert map", 3, max_rows=8, expert_map=(-1, 2, -1, 0, 1, -1)),
+    PlanCase("cut, with an expert map, aligned", 3, align=8, max_rows=16, expert_map=(-1, 2, -1, 0, 1, -1)),
+    PlanCase("cut, nothing is here", 3, align=4, max_rows=8, expert_map=(-1, -1, -1)),
+    PlanCase("cut, no tokens", 5, tokens=0, align=8, max_rows=16),
+    PlanCase("cut, 1024 experts", 1024, tokens=40, align=4, max_rows=100),
 ]
 PLAN_IDS = [case.why for case in PLAN_CASES]
 
 
-def check_plan(plan: DispatchPlan, experts: Any, num_experts: int, align: int = 1, expert_map: Any = None) -> None:
+def check_plan(
+    plan: DispatchPlan,
+    experts: Any,
+    num_experts: int,
+    align: int = 1,
+    expert_map: Any = None,
+    max_rows: int | None = None,
+) -> None:
     """Equal to the oracle's plan; and the invariants that make it one."""
     rows, slots, sizes = (np.asarray(a) for a in plan)
     assert rows.dtype == slots.dtype == sizes.dtype == np.int32
-    want = oracle.plan(np.asarray(experts), num_experts, align, None if expert_map is None else np.asarray(expert_map))
+    here = None if expert_map is None else np.asarray(expert_map)
+    want = oracle.plan(np.asarray(experts), num_experts, align, here, max_rows)
     for got, expected in zip((rows, slots, sizes), want, strict=True):
         assert got.shape == expected.shape
         np.testing.assert_array_equal(got, expected)

@@ -109,9 +109,13 @@ def shared_ids(tokens: int, config: RoutingConfig) -> np.ndarray:
 
 
 def plan(
-    experts: np.ndarray, num_experts: int, align: int = 1, expert_map: np.ndarray | None = None
+    experts: np.ndarray,
+    num_experts: int,
+    align: int = 1,
+    expert_map: np.ndarray | None = None,
+    max_rows: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, slots, group_sizes), pair by pair."""
+    """(rows, slots, group_sizes), pair by pair; then cut."""
     flat = experts.reshape(-1)
     if expert_map is not None:
         flat = np.array([expert_map[i] if 0 <= i < len(expert_map) else -1 for i in flat], np.int32)
@@ -122,7 +126,11 @@ def plan(
     for place, first in zip(places, np.cumsum(sizes) - sizes, strict=True):
         rows[place] = first + np.arange(len(place))
         slots[first : first + len(place)] = place
-    return rows.reshape(experts.shape), slots, sizes
+    if max_rows is not None:
+        rows[rows >= max_rows] = -1
+        held = np.repeat(np.arange(num_experts), sizes)[:max_rows]
+        sizes = np.bincount(held, minlength=num_experts).astype(np.int32)
+    return rows.reshape(experts.shape), slots[:max_rows], sizes
 
 
 def same(got: Any, want: np.ndarray, rtol: float, atol: float = 0.0) -> None:

@@ -17,18 +17,20 @@ from bridge.native import dispatch as native
 from bridge.ops.library import define
 from jaxmoe import reference
 from jaxmoe.arguments import Rows, dense
-from jaxmoe.dispatch import MOST_ROWS, check_plan_rows, check_plan_sizes
+from jaxmoe.dispatch import MOST_ROWS, check_max_rows, check_plan_rows, check_plan_sizes
 from kernels_pallas.plan_dispatch import num_rows
 
 Tensor = torch.Tensor
 
 
-def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None) -> None:
+def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None) -> None:
     check("experts", experts, ("T", "S"), INT32)
     check_layout(experts.device, experts=experts, expert_map=expert_map)
     if experts.shape[1] < 1:
         raise ValueError(f"experts: expected at least one element along axis 1, got int32{list(experts.shape)}")
     check_plan_sizes(num_experts, align)
+    if not isinstance(max_rows, torch.SymInt):  # of which the op is told the value, when it runs
+        check_max_rows(max_rows, align)
     if expert_map is not None:
         check("expert_map", expert_map, ("ids",), INT32)
         if expert_map.shape[0] < 1:
@@ -37,31 +39,34 @@ def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor
 
 
 def _plan_fake(
-    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
+    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ids(experts, num_experts, align, expert_map)
+    _check_ids(experts, num_experts, align, expert_map, max_rows)
     rows = num_rows(experts.shape[0] * experts.shape[1], num_experts, align)
+    if max_rows is not None:
+        rows = torch.sym_min(rows, max_rows)  # not min, which would make torch.compile guard on the tokens
     return experts.new_empty(experts.shape), experts.new_empty(rows), experts.new_empty(num_experts)
 
 
 def _plan_native(
-    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
+    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outs = _plan_fake(experts, num_experts, align, expert_map)
+    outs = _plan_fake(experts, num_experts, align, expert_map, max_rows)
     native.plan_dispatch(experts, num_experts, align, expert_map, *outs)
     return outs
 
 
 def _plan_plain(
-    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None
+    experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ids(experts, num_experts, align, expert_map)
-    options = {"num_experts": num_experts, "align": align}
+    _check_ids(experts, num_experts, align, expert_map, max_rows)
+    options = {"num_experts": num_experts, "align": align, "max_rows": max_rows}
     return tuple(call(jaxmoe.plan_dispatch, {"experts": experts, "expert_map": expert_map}, options))
 
 
 plan_dispatch = define(
-    "plan_dispatch(Tensor experts, int num_experts, int align, Tensor? expert_map) -> (Tensor, Tensor, Tensor)",
+    "plan_dispatch(Tensor experts, int num_experts, int align, Tensor? expert_map, SymInt? max_rows=None)"
+    " -> (Tensor, Tensor, Tensor)",
     native=_plan_native,
     plain=_plan_plain,
     fake=_plan_fake,

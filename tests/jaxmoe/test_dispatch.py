@@ -25,7 +25,12 @@ PLAN = jaxmoe.plan_dispatch(EXPERTS, 3, align=4)
 def test_dispatch_and_combine(case: PlanCase, implementation: str, tokens: int | None) -> None:
     experts, expert_map = case.inputs(tokens)
     plan = jaxmoe.plan_dispatch(
-        experts, case.num_experts, align=case.align, expert_map=expert_map, implementation="xla"
+        experts,
+        case.num_experts,
+        align=case.align,
+        expert_map=expert_map,
+        max_rows=case.max_rows,
+        implementation="xla",
     )
     count, slots = plan.rows.shape
     x, weights = normal(0, count, 40, dtype=BF16), normal(1, count, slots)

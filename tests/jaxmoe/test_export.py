@@ -39,7 +39,9 @@ def test_layer() -> None:
 
 
 def test_plan_columns_and_shared_experts() -> None:
-    plan = jaxmoe.plan_dispatch(jnp.array([[1, 0], [2, -1]], jnp.int32), 3)
+    ids = jnp.array([[1, 0], [2, -1]], jnp.int32)
+    assert again(lambda ids: jaxmoe.plan_dispatch(ids, 3, max_rows=2), ids).rows.tolist() == [[1, 0], [-1, -1]]
+    plan = jaxmoe.plan_dispatch(ids, 3)
     check(lambda x, plan: (jaxmoe.dispatch(x, plan), plan), normal(0, 2, 8), plan)
     wide = normal(1, 5, 40)
     check(lambda logits: jaxmoe.route(logits, config=CONFIG), jaxmoe.Columns(wide, 9, 12))

@@ -47,8 +47,8 @@ experts = jnp.asarray(np.random.default_rng(0).integers(0, 3, (10, 2)), jnp.int3
 x, up = normal(6, 5, 16), normal(7, 20, 16)
 
 
-def moved(x, experts):
-    return jaxmoe.dispatch(x, jaxmoe.plan_dispatch(experts, 3))
+def moved(x, experts, max_rows=None):
+    return jaxmoe.dispatch(x, jaxmoe.plan_dispatch(experts, 3, max_rows=max_rows))
 
 
 sharded = jax.shard_map(moved, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
@@ -56,6 +56,10 @@ apart = lambda x: jnp.concatenate([moved(x, experts[:5]), moved(x, experts[5:])]
 np.testing.assert_array_equal(jax.jit(sharded)(x, experts), apart(x))
 got = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, experts) * up)))(x)
 np.testing.assert_allclose(got, jax.grad(lambda x: jnp.sum(apart(x) * up))(x), rtol=1e-5, atol=1e-5)
+cut = functools.partial(moved, max_rows=6)
+sharded = jax.shard_map(cut, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+parts = [moved(x, part)[:6] for part in (experts[:5], experts[5:])]
+np.testing.assert_array_equal(jax.jit(sharded)(x, experts), jnp.concatenate(parts))
 print("agrees: the same next to what varies")
 
 # A mesh whose axes are explicit, as make_mesh makes them: under shard_map, and what is sharded outside it.
