@@ -33,6 +33,7 @@ KINDS = {
     "step": ("benchmarks.movement", "step"),
     "experts": ("benchmarks.matmuls", "experts"),
     "layer": ("benchmarks.matmuls", "layer"),
+    "part": ("benchmarks.parts", "part"),
     "host": ("benchmarks.host", "measure"),
     "huggingface": ("benchmarks.huggingface", "measure"),
 }

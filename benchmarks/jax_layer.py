@@ -97,25 +97,34 @@ def calls_in_jax(tokens: int, implementation: str) -> Calls:
         full = jaxmoe.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down)
         return jnp.sum(jaxmoe.moe(x, full, CONFIG, implementation=implementation)[0].astype(jnp.float32) ** 2)
 
-    @functools.partial(jax.jit, donate_argnames="earlier", keep_unused=True)
-    def both(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array, earlier: Any) -> Any:
-        del earlier  # its memory becomes the results'
-        return jax.grad(loss, argnums=(0, 1))(x, weights, bias)
-
     weights = (params.router, params.gate_up, params.down)
-    gradients: Any = None
+    both, memory = gradients_in_jax(loss, (0, 1), (x, weights, params.bias))
+    return Calls(forward=lambda: forward(x, params), both=both, memory=memory)
+
+
+def gradients_in_jax(
+    loss: Callable[..., jax.Array], argnums: tuple[int, ...], args: tuple[Any, ...]
+) -> tuple[Callable[[], Any], Callable[[], int]]:
+    """(a call of loss(*args) and its gradients, the bytes beyond the arguments that it takes at most)."""
+
+    @functools.partial(jax.jit, donate_argnames="earlier", keep_unused=True)
+    def both(args: tuple[Any, ...], earlier: Any) -> Any:
+        del earlier  # its memory becomes the results'
+        return jax.grad(loss, argnums=argnums)(*args)
+
+    like, gradients = tuple(args[i] for i in argnums), None
 
     def step() -> Any:
         nonlocal gradients
-        gradients = jax.tree.map(jnp.zeros_like, (x, weights)) if gradients is None else gradients
-        gradients = both(x, weights, params.bias, gradients)
+        gradients = jax.tree.map(jnp.zeros_like, like) if gradients is None else gradients
+        gradients = both(args, gradients)
         return gradients
 
     def memory() -> int:
-        plan: Any = both.lower(x, weights, params.bias, (x, weights)).compile().memory_analysis()
+        plan: Any = both.lower(args, like).compile().memory_analysis()
         return plan.temp_size_in_bytes + plan.output_size_in_bytes
 
-    return Calls(forward=lambda: forward(x, params), both=step, memory=memory)
+    return step, memory
 
 
 def calls_in_torch(tokens: int) -> tuple[Calls, Calls]:
@@ -140,20 +149,24 @@ def calls_in_torch(tokens: int) -> tuple[Calls, Calls]:
     def ours() -> torch.Tensor:
         return bridge.moe(x, bridge.MoEParams(router=router, bias=bias, gate_up=gate_up, down=down), CONFIG)[0]
 
-    def of(layer: Callable[[], torch.Tensor]) -> Calls:
-        def both() -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(layer().float().square().sum(), (x, router, gate_up, down))
-
-        def memory() -> int:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            both()
-            return torch.cuda.max_memory_allocated() - before
-
-        return Calls(forward=torch.no_grad()(layer), both=both, memory=memory)
-
+    of = functools.partial(calls_of, leaves=(x, router, gate_up, down))
     torch.cuda.synchronize()  # what was copied goes back to JAX, which minds no stream of torch's
     return of(plain), of(ours)
+
+
+def calls_of(layer: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> Calls:
+    """Of a layer in torch, with the gradients of `leaves`."""
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer().float().square().sum(), leaves)
+
+    def memory() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        return torch.cuda.max_memory_allocated() - before
+
+    return Calls(forward=torch.no_grad()(layer), both=both, memory=memory)
 
 
 def difference(what: str, gots: Sequence[torch.Tensor], wants: Sequence[torch.Tensor]) -> float:
@@ -193,7 +206,7 @@ def _stock(tokens: int) -> dict[str, Any]:
         return {**results, "failed": str(error)[:200]}
 
 
-def _wait(result: Any) -> None:
+def wait(result: Any) -> None:
     """For what torch or JAX has queued."""
     if all(isinstance(leaf, torch.Tensor) for leaf in jax.tree.leaves(result)):
         torch.cuda.synchronize()
@@ -203,7 +216,7 @@ def _wait(result: Any) -> None:
 
 def _results(way: Calls) -> list[torch.Tensor]:
     found = (way.forward(), way.both())
-    _wait(found)
+    wait(found)
     return [torch.from_dlpack(leaf) for leaf in jax.tree.leaves(found)]
 
 
@@ -214,8 +227,8 @@ def measure(tokens: int) -> dict[str, dict[str, float]]:
     wants = _results(plain)
     errors = {name: difference(name, _results(way), wants) for name, way in ways.items() if way is not plain}
     del wants  # gigabytes
-    forward = in_turns({name: way.forward for name, way in ways.items()}, _wait, ROUNDS)
-    both = in_turns({name: way.both for name, way in ways.items()}, _wait, ROUNDS)
+    forward = in_turns({name: way.forward for name, way in ways.items()}, wait, ROUNDS)
+    both = in_turns({name: way.both for name, way in ways.items()}, wait, ROUNDS)
     results = {
         name: {"forward": forward[name], "forward and backward": both[name], PEAK: way.memory() / 1e9}
         for name, way in ways.items()

@@ -4,13 +4,15 @@
 
 Each device routes its tokens. Then the tokens of all are gathered, a device keeps the pairs of its own experts
 (`expert_map`), and what it makes of them is summed over the devices as the tokens are shared out again. The same on one
-device, or on GPUs. Every device plans for all pairs, since shapes cannot depend on how many come: rows, and what the
-backward pass keeps of them, are as many as without sharing, though most hold no token and take no product.
+device, or on GPUs. Shapes cannot depend on how many pairs come to a device, so there is room for `ROOM` times as many
+as if experts were chosen equally often. Where more come, the last experts' are dropped; the load tells, and is looked
+at.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from jaxmoe import MoEParams
 
 CONFIG = jaxmoe.RoutingConfig(num_experts=16, top_k=4, n_group=4, topk_group=2, routed_scaling_factor=2.5)
 TOKENS, WIDTH, INNER = 64, 16, 8
+ROOM = 2.0
 SPLIT = MoEParams(router=P(), bias=P(), gate_up=P("ep"), down=P("ep"))  # type: ignore[arg-type]
 
 
@@ -35,11 +38,28 @@ def layer(params: MoEParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     here = params.gate_up.shape[0]
     local = jnp.arange(CONFIG.num_experts, dtype=jnp.int32) - here * jax.lax.axis_index("ep").astype(jnp.int32)
     expert_map = jnp.where((local >= 0) & (local < here), local, -1)
-    plan = jaxmoe.plan_dispatch(gather(routing.experts), here, expert_map=expert_map)
-    rows = jaxmoe.dispatch(gather(x), plan)
-    rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes)
-    y = jaxmoe.combine(rows, plan, gather(routing.weights))
+    experts, weights = gather(routing.experts), gather(routing.weights)
+    y = jaxmoe.fused_experts(
+        gather(x),
+        experts,
+        weights,
+        params.gate_up,
+        params.down,
+        expert_map=expert_map,
+        max_rows=room(experts.size, here),
+    )
     return jax.lax.psum_scatter(y, "ep", tiled=True), jax.lax.psum(routing.load, "ep")
+
+
+def room(pairs: int, here: int) -> int:
+    """For how many of all pairs a device has room."""
+    return math.ceil(pairs * min(1.0, ROOM * here / CONFIG.num_experts))
+
+
+def fits(load: jax.Array, devices: int) -> bool:
+    """Whether no pair was dropped."""
+    of_devices = load.reshape(devices, -1).sum(axis=1)
+    return int(of_devices.max()) <= room(int(load.sum()), CONFIG.num_experts // devices)
 
 
 def parallel(mesh: jax.sharding.Mesh) -> Callable[[MoEParams, jax.Array], tuple[jax.Array, jax.Array]]:
@@ -73,6 +93,7 @@ def main() -> tuple[Any, Any]:
     place = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
     apart = results(parallel(mesh), jax.tree.map(place, params, SPLIT), place(x, P("ep")))
     alone = results(functools.partial(alone_on_one, config=CONFIG), params, x)
+    assert fits(apart[1], jax.device_count()), "pairs were dropped: ROOM is too small"
     difference = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (apart, alone)), strict=True))
     print(
         f"{jax.device_count()} devices, {apart[0].sharding.spec}: the largest difference from one is {difference:.1e}"

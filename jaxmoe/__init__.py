@@ -7,7 +7,7 @@ from jaxmoe.config import RoutingConfig
 from jaxmoe.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from jaxmoe.experts import experts
 from jaxmoe.grouped_matmul import grouped_matmul
-from jaxmoe.layer import MoEParams, moe
+from jaxmoe.layer import MoEParams, fused_experts, moe
 from jaxmoe.losses import sequence_balance_loss, switch_loss
 from jaxmoe.presets import presets
 from jaxmoe.routing import Routing, route, router_logits, update_bias
@@ -26,6 +26,7 @@ __all__ = [
     "dispatch",
     "experts",
     "export_hf_moe",
+    "fused_experts",
     "grouped_matmul",
     "load_hf_moe",
     "moe",

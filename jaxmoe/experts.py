@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
-from jaxmoe.grouped_matmul import no_gradient, outer, product
+from jaxmoe.grouped_matmul import ANY, Groups, no_gradient, outer, product
 from jaxmoe.implementation import check_implementation, compiled, run
 from kernels_pallas.activation import ACTIVATIONS
 from kernels_pallas.gated_grad import gated_grad as gated_grad_kernel
@@ -28,6 +28,7 @@ def gated(
     plan: tuple[jax.Array, jax.Array] | None = None,
     *,
     keep: bool,
+    groups: Groups = ANY,
 ) -> tuple[jax.Array, ...]:
     """(activation(gate) * up [M, I],), and with `keep` (gate, up) [M, 2 * I] too, of x [M, H].
 
@@ -50,6 +51,8 @@ def gated(
             keep=keep,
             slots=slots,
             num_slots=0 if rows is None else rows.shape[1],
+            clear=groups.clear,
+            expected=groups.expected,
             target=target,
             interpret=interpret,
         )
@@ -65,16 +68,29 @@ def gated(
 
 
 def gated_grad(
-    static: Static, kept: jax.Array, grad: jax.Array, scale: jax.Array | None = None
+    static: Static,
+    kept: jax.Array,
+    grad: jax.Array,
+    scale: jax.Array | None = None,
+    end: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """(gradient of `kept`, hidden), both times each row's scale if there is one; then hidden . grad [M] too."""
+    """(gradient of `kept`, hidden), both times each row's scale if there is one; then hidden . grad [M] too.
+
+    Rows at or past end, int32 [1], hold nothing.
+    """
     implementation, activation, _ = static
     kernels = functools.partial(gated_grad_kernel, activation=activation)
-    plain = functools.partial(reference.gated_grad, activation=activation)
+
+    def plain(
+        kept: jax.Array, grad: jax.Array, scale: jax.Array | None, end: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
+        del end  # zeros lie there
+        return reference.gated_grad(kept, grad, scale, activation=activation)
+
     if 0 in grad.shape:
         dots = () if scale is None else (jnp.zeros_like(scale),)
         return kept, grad, *dots
-    return run(implementation, kernels, plain, kept, grad, scale)
+    return run(implementation, kernels, plain, kept, grad, scale, end)
 
 
 Both = tuple[str | None, str, bool, bool]  # implementation, activation, whether gate_up and down are transposed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,23 @@ from kernels_pallas.grouped_matmul_grad import grouped_outer as outer_kernel
 from kernels_pallas.plan_dispatch import num_rows as plan_rows
 
 
+class Groups(NamedTuple):
+    """What is known of groups of rows when a product of them is compiled.
+
+    Attributes:
+      align: their sizes are multiples of this.
+      expected: how many rows they have together, about; None: nearly all there are. It decides about tiles alone.
+      clear: whether somebody reads the rows behind the last group, which are zeros then.
+    """
+
+    align: int = 1
+    expected: int | None = None
+    clear: bool = True
+
+
+ANY = Groups()
+
+
 def alignment(
     implementation: str | None, *, num_rows: int, num_experts: int, width: int, inner: int, dtype: Any
 ) -> int:
@@ -27,7 +44,7 @@ def alignment(
 
     64 where this machine's GPUs are Hopper's and both weights' gradients have tiles, which then take groups as they
     are: also for a forward pass alone, which may be followed by the other. With fewer rows that costs the forward pass
-    more than it saves. num_rows: without what is filled up.
+    more than it saves. num_rows: how many hold tokens, about.
     """
     if implementation in ("xla", "interpret") or num_rows < 512 * num_experts or not hopper.multiprocessors():
         return 1
@@ -47,16 +64,19 @@ def _product_kernels(
     group_sizes: jax.Array,
     *,
     transposed: bool,
-    align: int,
+    groups: Groups,
     target: str,
     interpret: bool,
 ) -> jax.Array:
     """By the copy engine on a Hopper GPU, of groups that are blocks, where there is a tile for them, else Triton's."""
-    programs = 0 if align % hopper.BLOCK else _programs(target, interpret)  # for groups that begin anywhere it is none
+    how: dict[str, Any] = {"transposed": transposed, "clear": groups.clear}
     (num_rows, depth), num_experts, width = rows.shape, weight.shape[0], weight.shape[1 if transposed else 2]
-    if programs and matmul_hopper.config_for(num_rows, num_experts, depth, width, rows.dtype):
-        return matmul_hopper.grouped_matmul(rows, weight, group_sizes, transposed=transposed, programs=programs)
-    return matmul_kernel(rows, weight, group_sizes, transposed=transposed, target=target, interpret=interpret)
+    programs = _programs(target, interpret)
+    if programs and groups.align % hopper.BLOCK == 0:  # for groups that begin anywhere there is none
+        tile = matmul_hopper.config_for(num_rows, num_experts, depth, width, rows.dtype, groups.expected)
+        if tile:
+            return matmul_hopper.grouped_matmul(rows, weight, group_sizes, **how, programs=programs, config=tile)
+    return matmul_kernel(rows, weight, group_sizes, **how, expected=groups.expected, target=target, interpret=interpret)
 
 
 def product(
@@ -66,26 +86,28 @@ def product(
     group_sizes: jax.Array,
     *,
     transposed: bool,
-    align: int = 1,
+    groups: Groups = ANY,
 ) -> jax.Array:
-    """[M, N]: grouped_matmul without its derivative, of groups whose sizes are multiples of `align`."""
+    """[M, N]: grouped_matmul without its derivative."""
     num_rows, width = rows.shape[0], weight.shape[1 if transposed else 2]
     if 0 in (*rows.shape, width):
         return jnp.zeros((num_rows, width), rows.dtype)
-    kernels = functools.partial(_product_kernels, transposed=transposed, align=align)
+    kernels = functools.partial(_product_kernels, transposed=transposed, groups=groups)
     plain = functools.partial(reference.grouped_matmul, transposed=transposed)
     return run(implementation, kernels, plain, rows, weight, group_sizes)
 
 
 def _outer_kernels(
-    a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, align: int, target: str, interpret: bool
+    a: jax.Array, b: jax.Array, group_sizes: jax.Array, *, groups: Groups, target: str, interpret: bool
 ) -> jax.Array:
     """By the copy engine on a Hopper GPU where there is a tile for these shapes, else Triton's."""
-    programs = _programs(target, interpret)
-    if programs and outer_hopper.config_for(a.shape[0], group_sizes.shape[0], a.shape[1], b.shape[1], a.dtype):
-        aligned = align % hopper.BLOCK == 0
-        return outer_hopper.grouped_outer(a, b, group_sizes, programs=programs, aligned=aligned)
-    return outer_kernel(a, b, group_sizes, target=target, interpret=interpret)
+    (num_rows, left), right, num_experts = a.shape, b.shape[1], group_sizes.shape[0]
+    if programs := _programs(target, interpret):
+        tile = outer_hopper.config_for(num_rows, num_experts, left, right, a.dtype, groups.expected)
+        if tile:
+            aligned = groups.align % hopper.BLOCK == 0
+            return outer_hopper.grouped_outer(a, b, group_sizes, programs=programs, aligned=aligned, config=tile)
+    return outer_kernel(a, b, group_sizes, expected=groups.expected, target=target, interpret=interpret)
 
 
 def outer(
@@ -95,17 +117,14 @@ def outer(
     group_sizes: jax.Array,
     *,
     transposed: bool,
-    align: int = 1,
+    groups: Groups = ANY,
 ) -> jax.Array:
-    """[E, A, B], or [E, B, A] where `transposed`: each expert's a.T @ b, the gradient of a weight.
-
-    Sizes are multiples of `align`.
-    """
+    """[E, A, B], or [E, B, A] where `transposed`: each expert's a.T @ b, the gradient of a weight."""
     if transposed:
         a, b = b, a
     if 0 in (*a.shape, *b.shape):
         return jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), a.dtype)
-    kernels = functools.partial(_outer_kernels, align=align)
+    kernels = functools.partial(_outer_kernels, groups=groups)
     return run(implementation, kernels, reference.grouped_outer, a, b, group_sizes)
 
 

@@ -288,7 +288,14 @@ class MoE(nnx.Module):
         rows = self._rows(x)
         return routing.router_logits(rows, self.router[...], implementation=self.implementation)
 
-    def __call__(self, x: jax.Array, *, num_valid_tokens: int | jax.Array | None = None) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        num_valid_tokens: int | jax.Array | None = None,
+        expert_map: jax.Array | None = None,
+        max_rows: int | None = None,
+    ) -> tuple[jax.Array, Routing]:
         """Applies the layer.
 
         Args:
@@ -296,6 +303,9 @@ class MoE(nnx.Module):
             axes.
           num_valid_tokens: tokens at or past this index come out as zeros, and a NaN in their x reaches no gradient but
             the router's, as `jaxmoe.moe` says.
+          expert_map: under shard_map, where the module has one device's part of the experts: as for `jaxmoe.moe`.
+            Shared experts that are kept apart are added as the module has them: a part of their inner width each.
+          max_rows: as for `jaxmoe.moe`.
 
         Returns:
           (y of x's shape, in `dtype` or x's, Routing of the T tokens).
@@ -309,6 +319,8 @@ class MoE(nnx.Module):
             self.params(rows.dtype),
             self.config,
             num_valid_tokens=num_valid_tokens,
+            expert_map=expert_map,
+            max_rows=max_rows,
             implementation=self.implementation,
         )
         if not self.config.scale_weights:

@@ -140,18 +140,20 @@ def _dispatch(
     *,
     align: int = 1,
     scale: Any = None,
+    ends: bool = False,
     aliased: bool = False,
 ) -> Entry:
     rows = num_rows(tokens * slots, 256, align)
 
-    def fn(x: Any, rows: Any, order: Any, scale: Any, out: Any, target: str) -> Any:
-        return dispatch(x, rows, order, scale=scale, out=out, target=target)
+    def fn(x: Any, rows: Any, order: Any, scale: Any, end: Any, out: Any, target: str) -> Any:
+        return dispatch(x, rows, order, scale=scale, end=end, out=out, target=target)
 
     args = (
         _shape(dtype, tokens, width),
         _shape(I32, tokens, slots),
         _shape(I32, rows),
         None if scale is None else _shape(scale, tokens, slots),
+        _shape(I32, 1) if ends else None,
         _shape(dtype, rows, width) if aliased else None,
     )
     return Entry(f"dispatch {name}", ("dispatch",), fn, args)
@@ -206,14 +208,15 @@ def _grouped(
     activation: str | None = None,
     keep: bool = False,
     num_slots: int = 0,
+    clear: bool = True,
 ) -> Entry:
     """With an activation, `width` is that of gate and up together; with slots the rows are tokens, gathered."""
     weight = (experts, width, depth) if transposed else (experts, depth, width)
     args = (_shape(dtype, rows, depth), _shape(dtype, *weight), _shape(I32, experts))
     if activation is None:
-        fn: Callable[..., Any] = functools.partial(grouped_matmul, transposed=transposed)
+        fn: Callable[..., Any] = functools.partial(grouped_matmul, transposed=transposed, clear=clear)
         return Entry(f"grouped_matmul {name}", ("grouped_matmul",), fn, args)
-    fn = functools.partial(gated_matmul, transposed=transposed, activation=activation, keep=keep)
+    fn = functools.partial(gated_matmul, transposed=transposed, activation=activation, keep=keep, clear=clear)
     if num_slots:
         slots = _shape(I32, rows * num_slots)
 
@@ -224,8 +227,15 @@ def _grouped(
     return Entry(f"gated_matmul {name}", ("gated_matmul",), fn, args)
 
 
-def _gated_grad(name: str, dtype: Any, rows: int, width: int, activation: str, *, scaled: bool = False) -> Entry:
-    args = (_shape(dtype, rows, 2 * width), _shape(dtype, rows, width), _shape(F32, rows) if scaled else None)
+def _gated_grad(
+    name: str, dtype: Any, rows: int, width: int, activation: str, *, scaled: bool = False, ends: bool = False
+) -> Entry:
+    args = (
+        _shape(dtype, rows, 2 * width),
+        _shape(dtype, rows, width),
+        _shape(F32, rows) if scaled else None,
+        _shape(I32, 1) if ends else None,
+    )
     return Entry(f"gated_grad {name}", ("gated_grad",), functools.partial(gated_grad, activation=activation), args)
 
 
@@ -291,6 +301,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _dispatch("bfloat16", BF16, 4096),
     _dispatch("bfloat16, 1024 tokens", BF16, 1024),
     _dispatch("bfloat16, aligned, into out", BF16, 4096, align=128, aliased=True),
+    _dispatch("bfloat16, aligned, up to where rows end", BF16, 4096, align=64, ends=True),
     _dispatch("float32, over 2**31 elements", F32, LONG),
     _dispatch("float16, scaled, ragged width", F16, 512, 1000, scale=F32),
     _combine("bfloat16", BF16, 4096),
@@ -320,6 +331,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _logits_grads("bfloat16 by float32, few experts", BF16, F32, 4096, 32),
     _logits_grads("ragged sizes", F32, BF16, 77, 60, 1000),
     _grouped("bfloat16", BF16, 32768, 32),
+    _grouped("bfloat16, rows behind the last group left", BF16, 32768, 32, clear=False),
     _grouped("bfloat16, few rows, weights over 2**32 bytes", BF16, 512, 256),
     _grouped("float16, middling, transposed", F16, 1024, 32, 2048, 7168, transposed=True),
     _grouped("bfloat16, ragged sizes", BF16, 777, 7, 1001, 333),
@@ -335,10 +347,11 @@ CATALOGUE: tuple[Entry, ...] = (
         activation="silu",
         keep=True,
         num_slots=8,
+        clear=False,
     ),
     _grouped("gelu_tanh, bfloat16, few rows, transposed", BF16, 512, 256, transposed=True, activation="gelu_tanh"),
     _grouped("gelu, float32, ragged sizes", F32, 777, 7, 1001, 666, activation="gelu"),
-    _gated_grad("silu, bfloat16, scaled", BF16, 32768, 2048, "silu", scaled=True),
+    _gated_grad("silu, bfloat16, scaled, up to where rows end", BF16, 32768, 2048, "silu", scaled=True, ends=True),
     _gated_grad("gelu, float32, ragged width, over 2**31 elements", F32, 2**21, 1001, "gelu"),
     _gated_grad("gelu_tanh, float16", F16, 777, 300, "gelu_tanh", scaled=True),
     _outer("bfloat16", BF16, 32768, 32),

@@ -35,9 +35,10 @@ def config_for(width: int, dtype: Any, target: str) -> Config:
     return Config(columns=columns, num_warps=max(1, min(8, columns // 256)))
 
 
-def _kernel(*refs: Any, config: Config, width: int, activation: str, scaled: bool) -> None:
+def _kernel(*refs: Any, config: Config, width: int, activation: str, scaled: bool, has_end: bool) -> None:
     kept_ref, grad_ref, *rest = refs
     scale_ref = rest.pop(0) if scaled else None
+    end_ref = rest.pop(0) if has_end else None
     dkept_ref, hidden_ref, *dots_ref = rest
     row = pl.program_id(0)
     scale = 1.0 if scale_ref is None else scale_ref[row]
@@ -56,16 +57,23 @@ def _kernel(*refs: Any, config: Config, width: int, activation: str, scaled: boo
         put(hidden_ref, column, scale * (activated * up))
         return total + activated * up * grad
 
-    zeros = jnp.zeros((config.columns,), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), step, zeros)
-    if dots_ref:
-        dots_ref[0][row] = jnp.sum(total, axis=0)
+    def compute() -> None:
+        zeros = jnp.zeros((config.columns,), jnp.float32)
+        total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), step, zeros)
+        if dots_ref:
+            dots_ref[0][row] = jnp.sum(total, axis=0)
+
+    if end_ref is None:
+        compute()
+    else:
+        pl.when(row < end_ref[0])(compute)
 
 
 def gated_grad(
     kept: jax.Array,
     grad: jax.Array,
     scale: jax.Array | None,
+    end: jax.Array | None = None,
     *,
     activation: str,
     config: Config | None = None,
@@ -75,17 +83,25 @@ def gated_grad(
     """(dkept [M, 2 * I], hidden [M, I]) in kept's dtype and, with a scale, float32 [M]: hidden . grad before scaling.
 
     kept [M, 2 * I], gate and up side by side, whose buffer dkept takes over; grad [M, I]; scale float32 [M] or None.
+    end int32 [1] or None: rows at or past it are neither read nor written.
     (The native path may have hidden lie over grad, too: a place is read before it is written.)
     Sides of at least one.
     """
     num_rows, width = grad.shape
     config = config or config_for(width, kept.dtype, target)
-    args = [kept, grad, *([] if scale is None else [scale])]
+    args = [kept, grad, *([] if scale is None else [scale]), *([] if end is None else [end])]
     out_shape = [jax.ShapeDtypeStruct(kept.shape, kept.dtype), jax.ShapeDtypeStruct(grad.shape, kept.dtype)]
     if scale is not None:
         out_shape.append(jax.ShapeDtypeStruct((num_rows,), jnp.float32))
     return launch(
-        functools.partial(_kernel, config=config, width=width, activation=activation, scaled=scale is not None),
+        functools.partial(
+            _kernel,
+            config=config,
+            width=width,
+            activation=activation,
+            scaled=scale is not None,
+            has_end=end is not None,
+        ),
         *args,
         name="gated_grad",
         grid=(num_rows,),

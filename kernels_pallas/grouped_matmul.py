@@ -3,7 +3,7 @@
 The groups lie one behind the other and may begin anywhere: nothing is padded to tiles. A program finds its expert and
 its rows by itself: it adds up how many tiles of rows each expert takes. There are as many programs as there can be
 tiles; those past the last tile end at once. Rows behind the last group are a group without an expert: their product has
-no terms, so they come out as zeros.
+no terms, so they come out as zeros, unless nobody reads them (`clear`).
 
 A tile loads whole blocks, rows of the next group included: what comes of those is not stored. A group's last tile is
 half as high where that is enough, so that little of such work is done.
@@ -135,6 +135,7 @@ def _kernel(
     transposed: bool,
     activation: str | None,
     num_slots: int,
+    clear: bool,
     num_rows: Any,
 ) -> None:
     slots_ref, (out_ref, *kept_ref) = (refs[0], refs[1:]) if num_slots else (None, refs)
@@ -151,7 +152,8 @@ def _kernel(
     mine = count(before.astype(jnp.int32))
     has_expert = mine < num_experts
     first = count(jnp.where(expert < mine, sizes, 0))
-    end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), num_rows)
+    behind = num_rows if clear else first  # where what lies behind the last group ends
+    end = jnp.where(has_expert, first + count(jnp.where(expert == mine, sizes, 0)), behind)
     end = jnp.minimum(end, num_rows)  # whatever the sizes say
 
     mine_tiles = (end - first + (m - 1)) // m
@@ -222,6 +224,8 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     transposed: bool = False,
+    clear: bool = True,
+    expected: int | None = None,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
@@ -229,11 +233,13 @@ def grouped_matmul(
     """[M, N]: each group of rows [M, K] times its expert's weight, in float32, then in rows' dtype.
 
     weight [E, K, N], or [E, N, K] where `transposed`; group_sizes int32 [E], none negative, of a sum up to M. Rows
-    behind the last group come out as zeros. Sides of at least one.
+    behind the last group come out as zeros or, without `clear`, as whatever was there. `expected`: how many rows groups
+    have together, about, where that is not nearly all: it decides about the tile. Sides of at least one.
     """
     num_rows, depth = rows.shape
     num_experts, width = weight.shape[0], weight.shape[1 if transposed else 2]
-    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, room=room())
+    rows_likely = expected or num_rows
+    config = config or config_for(rows_likely, num_experts, depth, width, rows.dtype, target, room=room())
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -243,6 +249,7 @@ def grouped_matmul(
         transposed=transposed,
         activation=None,
         num_slots=0,
+        clear=clear,
     )
     return launch(
         kernel,
@@ -270,6 +277,8 @@ def gated_matmul(
     keep: bool = False,
     slots: jax.Array | None = None,
     num_slots: int = 0,
+    clear: bool = True,
+    expected: int | None = None,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
@@ -284,7 +293,8 @@ def gated_matmul(
     """
     num_rows, depth = rows.shape[0] if slots is None else slots.shape[0], gate_up.shape[2 if transposed else 1]
     num_experts, width = gate_up.shape[0], gate_up.shape[1 if transposed else 2] // 2
-    config = config or config_for(num_rows, num_experts, depth, width, rows.dtype, target, gated=True, room=room())
+    rows_likely = expected or num_rows
+    config = config or config_for(rows_likely, num_experts, depth, width, rows.dtype, target, gated=True, room=room())
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -294,6 +304,7 @@ def gated_matmul(
         transposed=transposed,
         activation=activation,
         num_slots=0 if slots is None else num_slots,
+        clear=clear,
     )
     return launch(
         kernel,

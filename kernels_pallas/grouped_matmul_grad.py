@@ -106,6 +106,7 @@ def grouped_outer(
     b: jax.Array,
     group_sizes: jax.Array,
     *,
+    expected: int | None = None,
     config: Config | None = None,
     target: str = "cuda",
     interpret: bool = False,
@@ -113,11 +114,11 @@ def grouped_outer(
     """[E, A, B]: of each expert a.T @ b over its group of rows, in float32, then in a's dtype.
 
     a [M, A], b [M, B] of one dtype; group_sizes int32 [E], none negative, of a sum up to M. An expert without rows gets
-    zeros. Sides of at least one.
+    zeros. `expected`: as for `grouped_matmul`. Sides of at least one.
     """
     num_rows, left = a.shape
     right, num_experts = b.shape[1], group_sizes.shape[0]
-    config = config or config_for(num_rows, num_experts, left, right, a.dtype, target)
+    config = config or config_for(expected or num_rows, num_experts, left, right, a.dtype, target)
     return launch(
         functools.partial(_kernel, config=config, num_experts=num_experts, left=left, right=right),
         a,

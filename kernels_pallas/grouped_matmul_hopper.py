@@ -35,8 +35,12 @@ TILE = Config(256, 8, num_stages=4)  # measured on an H200
 
 
 @remembered
-def config_for(num_rows: int, num_experts: int, depth: int, width: int, dtype: Any) -> Config | None:
+def config_for(
+    num_rows: int, num_experts: int, depth: int, width: int, dtype: Any, expected: int | None = None
+) -> Config | None:
     """Which tile to use for these shapes; None where there is none, or where Triton's kernel is as fast or faster.
+
+    expected: how many rows hold tokens, about, where that is not nearly all.
 
     That is so with fewer rows, since two halves of a tile do not read their weights when others do, and programs are
     more unevenly busy at the end; with narrow results up to more rows, as these have fewer parts to share out.
@@ -44,7 +48,7 @@ def config_for(num_rows: int, num_experts: int, depth: int, width: int, dtype: A
     if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % BLOCK or depth % DEPTH or width % (2 * TILE.columns):
         return None
     least = 512 if width >= 4096 else 1024  # of an expert, with what can be filled up: measured on an H200
-    return TILE if num_rows >= least * num_experts else None
+    return TILE if (expected or num_rows) >= least * num_experts else None
 
 
 def experts_of_blocks(group_sizes: jax.Array, num_rows: int) -> jax.Array:
@@ -93,6 +97,7 @@ def _kernel(
     *,
     config: Config,
     transposed: bool,
+    clear: bool,
     programs: int,
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -109,10 +114,13 @@ def _kernel(
         at = jax.lax.div(number, np.int32(columns // 2))
         expert, start, end = (blocks_ref[of * blocks + at] for of in range(3))
         has = jax.lax.div(end - start, np.int32(BLOCK))
-        whole, first = jax.lax.div(has, np.int32(2)), jax.lax.div(start, np.int32(BLOCK)) * (columns // 2)
-        row, column, count = part_of(number - first, whole, has - 2 * whole, columns, config.together)
+        tiles, first = jax.lax.div(has, np.int32(2)), jax.lax.div(start, np.int32(BLOCK)) * (columns // 2)
+        row, column, count = part_of(number - first, tiles, has - 2 * tiles, columns, config.together)
         row = pl.multiple_of(start + row * (2 * BLOCK), BLOCK)
-        return expert, row, column, count, jnp.where(expert < num_experts, np.int32(depth // DEPTH), 0), count == 1
+        steps, whole = jnp.where(expert < num_experts, np.int32(depth // DEPTH), 0), count == 1
+        if not clear:  # no tile, so nothing is stored
+            count = jnp.where(expert < num_experts, count, 0)
+        return expert, row, column, count, steps, whole
 
     @pl.when(warpgroup == LOADER)
     def load() -> None:
@@ -187,6 +195,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     transposed: bool = False,
+    clear: bool = True,
     programs: int,
     config: Config | None = None,
     interpret: Any = None,
@@ -203,7 +212,7 @@ def grouped_matmul(
     assert config.num_stages > 1, "a stage is free when the next has begun"
     assert config.columns // BLOCK % config.stores == 0, "the pieces of a result take turns"
     return hopper.launch(
-        functools.partial(_kernel, config=config, transposed=transposed, programs=programs),
+        functools.partial(_kernel, config=config, transposed=transposed, clear=clear, programs=programs),
         *(rows, weight, experts_of_blocks(group_sizes, num_rows)),
         name="grouped_matmul",
         out_shape=jax.ShapeDtypeStruct((num_rows, width), rows.dtype),

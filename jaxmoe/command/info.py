@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     print("functions, with implementation=None on arrays of the first device")
     for name in WITH_KERNELS:
         print(f"  {name:23}{chosen:8}{why}")
-    print(f"  {'moe':23}{chosen:8}made of those above")
+    for name in ("fused_experts", "moe"):
+        print(f"  {name:23}{chosen:8}made of those above")
     for name, reason in WITHOUT.items():
         print(f"  {name:23}{'xla':8}{reason}")
     return 0

@@ -13,6 +13,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import MoEParams, RoutingConfig
+from jaxmoe.grouped_matmul import Groups
 from jaxmoe.layer import weighted_experts
 from tests import oracle
 from tests.cases import BF16, F32, normal
@@ -138,7 +139,7 @@ def test_groups_of_whole_blocks(implementation: str) -> None:
 
         def layer(*args: jax.Array) -> jax.Array:
             x, *rest = args
-            return weighted_experts((implementation, align), x, *plan, *rest)
+            return weighted_experts((implementation, Groups(align, clear=False)), x, *plan, *rest)
 
         y, backward = jax.vjp(layer, x, routing.weights, params.gate_up, params.down)
         return y, *backward(normal(6, 9, 16))

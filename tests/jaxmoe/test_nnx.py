@@ -251,6 +251,27 @@ def test_load_of_one_device() -> None:
     np.testing.assert_array_equal(moe.load[...], loads)
 
 
+def test_parts_under_expert_parallelism() -> None:
+    """A module with a part of the experts, as shard_map makes them: the parts add up, the load is that of all ids."""
+    whole = make()
+    want, routing = whole(X)
+    total = jnp.zeros(X.shape)
+    for first, count in ((0, 3), (3, 3), (6, 1)):  # the last has the shared expert
+        part = nnx.clone(whole)
+        part.gate_up = nnx.Param(whole.gate_up[...][first : first + count])
+        part.down = nnx.Param(whole.down[...][first : first + count])
+        local = jnp.arange(7, dtype=I32) - first
+        here = jnp.where((local >= 0) & (local < count), local, -1)
+        y, found = part(X, expert_map=here)
+        total = total + y
+        np.testing.assert_array_equal(found.load, routing.load)
+    oracle.same(total, np.asarray(want, np.float64), rtol=1e-5, atol=1e-5)
+    assert jnp.abs(want - y).max() > 0.1
+    none, _ = part(X, expert_map=here, max_rows=1)  # of ten rows of the shared expert
+    np.testing.assert_allclose(none.reshape(10, -1)[0], y.reshape(10, -1)[0], rtol=1e-5, atol=1e-6)
+    assert not none.reshape(10, -1)[1:].any()
+
+
 def test_initialisers() -> None:
     """They are called as Flax's are, and what they say of sharding stays with the parameter."""
     asked = []

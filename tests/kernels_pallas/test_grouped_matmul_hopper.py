@@ -87,6 +87,19 @@ def test_interpreted(case: Case, config: Config, dtype: Any, transposed: bool) -
     check(case, dtype, functools.partial(kernels.grouped_matmul, **options), transposed)
 
 
+@new_jax
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_rows_behind_the_last_group_are_left(case: Case) -> None:
+    """Where nobody reads them: they stay what nobody wrote, NaN; the others are what they are else."""
+    rows, sizes = normal(0, case.rows, case.depth, dtype=BF16), jnp.array(case.sizes, I32)
+    weight = normal(1, len(case.sizes), case.depth, case.width, dtype=BF16)
+    options: dict[str, Any] = {"programs": 3, "config": FEW, "interpret": interpreted()}
+    whole, cut = (kernels.grouped_matmul(rows, weight, sizes, clear=clear, **options) for clear in (True, False))
+    end = sum(case.sizes)
+    np.testing.assert_array_equal(cut[:end].astype(F32), whole[:end].astype(F32))
+    assert jnp.isnan(cut[end:]).all()
+
+
 @on_hopper
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("programs", [MULTIPROCESSORS, 3], ids=["all", "3"])
@@ -129,6 +142,8 @@ def test_config_for() -> None:
     assert find(34816 + 8, 32, 2048, 7168, BF16) is None, "rows"
     assert find(34816, 32, 2048 + 8, 7168, BF16) is None, "depth"
     assert find(34816, 32, 2048, 7168 + 256, BF16) is None, "an odd number of tiles"
+    assert find(34816, 32, 2048, 7168, BF16, 16320) is None, "few of them hold tokens"
+    assert find(65536, 32, 2048, 7168, BF16, 16384) == TILE
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 8])
@@ -284,6 +299,43 @@ def test_what_the_layer_takes(
     assert launches(text)[0] == found
     if found:  # else they may have been traced, for a platform that is not lowered for
         assert groups == {(blocks, tokens * 2 + (4 * BLOCK if blocks else 0))}, "with what can be filled up"
+
+
+@new_jax
+@pytest.mark.parametrize(
+    ("ids", "max_rows", "found", "seen"),
+    [
+        (8, None, 5, (True, 8192 + 4 * BLOCK)),
+        (8, 5000, 5, (True, 5312)),
+        (8, 3000, 2, (True, 3264)),
+        (32, None, 2, (False, 8192)),
+        (128, None, 0, None),
+    ],
+    ids=["half are here", "room for some", "too little room for products", "an eighth are here", "few are here"],
+)
+@pytest.mark.usefixtures("traced_anew")
+def test_what_a_part_of_the_layer_takes(
+    ids: int,
+    max_rows: int | None,
+    found: int,
+    seen: tuple[bool, int] | None,
+    groups: set[tuple[bool, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the rows that are expected here, not by those that there is memory for."""
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+
+    def part(x: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array) -> jax.Array:
+        here = jnp.arange(ids, dtype=I32) - 4
+        chosen = jnp.zeros(weights.shape, I32)
+        how: dict[str, Any] = {"expert_map": here, "max_rows": max_rows, "implementation": "pallas"}
+        return jnp.sum(jaxmoe.fused_experts(x, chosen, weights, gate_up, down, **how).astype(F32) ** 2)
+
+    args = [*arguments(4096, BF16)[:3], jax.ShapeDtypeStruct((4096, 2), F32)]
+    with described("sm_90"):
+        text = lowered(jax.grad(part, argnums=(0, 1, 2, 3)), *args)
+    assert launches(text)[0] == found
+    assert groups == ({seen} if seen else set())
 
 
 @new_jax
