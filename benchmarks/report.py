@@ -30,6 +30,7 @@ SHOWN = (
     "permute, vLLM's form, an eighth of the experts here",
     "unpermute, vLLM's form, an eighth of the experts here",
     "layer",
+    "behind routing, an eighth of the experts here",
 )
 COLUMNS = (1, 64, 512, 4096, 40960)
 

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 
 from bridge.dispatch import DispatchPlan, combine, dispatch, plan_dispatch
 from bridge.experts import experts, grouped_matmul
-from bridge.layer import MoEParams, moe
+from bridge.layer import MoEParams, fused_experts, moe
 from bridge.routing import Routing, route, router_logits, update_bias
 from bridge.views import to_jax, to_torch
 from jaxmoe import RoutingConfig, presets
@@ -43,6 +43,7 @@ __all__ = [
     "combine",
     "dispatch",
     "experts",
+    "fused_experts",
     "grouped_matmul",
     "moe",
     "plan_dispatch",

@@ -27,6 +27,7 @@ import jaxmoe
 from bridge.native import driver
 from bridge.native.build import shape
 from bridge.native.routing import config_of
+from bridge.ops.weighted_experts import LEFT
 from jaxmoe import layer
 from jaxmoe.command.audit import lowered
 
@@ -62,8 +63,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         num_valid_tokens=number if valid is None else valid,
         return_load=return_load,
     ),
-    "plan_dispatch": lambda experts, num_experts, align, expert_map: jaxmoe.plan_dispatch(
-        experts, num_experts, align=align, expert_map=expert_map
+    "plan_dispatch": lambda experts, num_experts, align, expert_map, max_rows=None: jaxmoe.plan_dispatch(
+        experts, num_experts, align=align, expert_map=expert_map, max_rows=max_rows
     ),
     "dispatch": lambda x, rows, slots, clear=True: jaxmoe.dispatch(x, jaxmoe.DispatchPlan(rows, slots, slots)),
     "experts": lambda rows, gate_up, down, group_sizes, activation: jaxmoe.experts(
@@ -71,7 +72,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     ),
     "combine": lambda x, rows, slots, weights: jaxmoe.combine(x, jaxmoe.DispatchPlan(rows, slots, slots), weights),
     "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(
-        (None, 1), *args[:-1]
+        (None, LEFT), *args[:-2]
     ),
 }
 # Whose a kernel is, where an op does not have a function's name.

@@ -11,7 +11,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import check
+from bridge.checks import INT32, check, check_at_least_one, most_rows
 from bridge.ops import layer as ops
 from bridge.ops.experts import as_they_lie, check_weight
 from bridge.routing import Routing, check_count, count, without_gradient
@@ -36,21 +36,114 @@ class MoEParams(NamedTuple):
     bias: torch.Tensor | None = None
 
 
+def fused_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    max_rows: int | None = None,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """What lies behind routing, with one derivative: `jaxmoe.fused_experts` on tensors.
+
+    With an `expert_map` it is a rank's part of the layer under expert parallelism: the parts of all ranks add up to the
+    layer (`torch.distributed.all_reduce`).
+
+    Args:
+      x: [T, H] bfloat16, float16 or float32.
+      experts: int32 [T, S], the ids that `route` chose; a negative one is dropped.
+      weights: [T, S] of any of the float dtypes.
+      gate_up: [E, H, 2 * I] of x's dtype: the gate and up projections of the experts that are here.
+      down: [E, I, H] of x's dtype. Either of these two may be a transposed view, `.mT`, of a contiguous tensor.
+      expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here.
+      max_rows: for how many (token, slot) pairs of experts that are here there is room, at least, in what lies between.
+        Pairs that do not fit may be dropped, those of the last experts first, as if their ids were negative: compare it
+        with the load of the experts that are here. None: for all T * S.
+      implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
+
+    Returns:
+      [T, H] in x's dtype: the sum over a token's slots of weights times expert(x). Differentiable in x, weights,
+      gate_up and down.
+
+    Raises:
+      ValueError: names the argument, what was expected and what came.
+
+    Source: vLLM's fused_experts; `jaxmoe.fused_experts`.
+
+    Example:
+      >>> import torch, bridge
+      >>> x, ids = torch.ones(2, 1), torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
+      >>> gate_up, down = torch.full((1, 1, 2), 20.0), torch.ones(1, 1, 1)  # of expert 1, which is here
+      >>> weights, here = torch.tensor([[0.25, 0.75], [1.0, 0.0]]), torch.tensor([-1, 0, -1], dtype=torch.int32)
+      >>> bridge.fused_experts(x, ids, weights, gate_up, down, expert_map=here).tolist()
+      [[300.0], [400.0]]
+    """
+    max_rows = most_rows(max_rows, 1)
+    if path.takes_ops(x, implementation):
+        _check_experts(x, experts, weights, gate_up, down, expert_map)
+        return path.at_once(ops.fused_experts, x, experts, weights, gate_up, down, expert_map, max_rows)
+    arguments = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
+    options: dict[str, Any] = {"max_rows": max_rows, "implementation": implementation}
+    function: Callable[..., Any] = jaxmoe.fused_experts
+    if is_view(gate_up) or is_view(down):
+        _check_experts(x, experts, weights, gate_up, down, expert_map)  # in the words of the function not called
+        arguments["gate_up"], arguments["down"], options["transposed"] = _as_they_lie(gate_up, down, "")
+        function = _fused_of_views
+    return call(function, {**arguments, "expert_map": expert_map}, options)
+
+
+def _as_they_lie(gate_up: Any, down: Any, prefix: str) -> tuple[Any, Any, tuple[bool, bool]]:
+    """The weights, dense, and whether each is transposed then."""
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        check_weight(prefix + name, weight, gate_up.device)
+    (gate_up, down), (first, second) = as_they_lie(gate_up, down)
+    return gate_up, down, (first, second)
+
+
+def _fused_of_views(
+    x: Any,
+    experts: Any,
+    weights: Any,
+    gate_up: Any,
+    down: Any,
+    expert_map: Any,
+    *,
+    transposed: tuple[bool, bool],
+    max_rows: int | None,
+    implementation: str | None,
+) -> Any:
+    """`jaxmoe.fused_experts` in its parts, of which `experts` takes weights that lie transposed."""
+    how: dict[str, Any] = {"implementation": implementation}
+    plan = jaxmoe.plan_dispatch(experts, gate_up.shape[0], expert_map=expert_map, max_rows=max_rows, **how)
+    rows = jaxmoe.dispatch(x, plan, **how)
+    rows = jaxmoe.experts(rows, gate_up, down, plan.group_sizes, transposed=transposed, **how)
+    return jaxmoe.combine(rows, plan, weights, **how)
+
+
 def moe(
     x: torch.Tensor,
     params: MoEParams,
     config: RoutingConfig,
     *,
     num_valid_tokens: int | torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    max_rows: int | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """A Mixture-of-Experts layer: `jaxmoe.moe` on tensors.
 
+    With an `expert_map` it is a rank's part of the layer, where ranks have the same tokens: the parts of all add up.
+
     Args:
       x: [T, H] bfloat16, float16 or float32.
-      params: `MoEParams`; gate_up and down in x's dtype.
+      params: `MoEParams`; gate_up and down in x's dtype, with an `expert_map` those of the experts that are here.
       config: how to route.
       num_valid_tokens: tokens at or past this index come out as zeros. An int, or an int32 tensor without axes.
+      expert_map: int32 [num_expert_ids], id -> local expert, -1 for one that is not here.
+      max_rows: as for `fused_experts`, with which to compare sums of routing.load.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
@@ -71,20 +164,20 @@ def moe(
     """
     if not isinstance(params, MoEParams):
         raise ValueError(f"params: expected MoEParams, got {type(params).__name__}")
+    max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
-        return _moe(x, params, config, num_valid_tokens)
+        return _moe(x, params, config, num_valid_tokens, expert_map, max_rows)
     arguments = {
         "x": x,
         "params": jaxmoe.MoEParams(**params._asdict()),
         "num_valid_tokens": count(num_valid_tokens, "x", x),
+        "expert_map": expert_map,
     }
-    options: dict[str, Any] = {"config": config, "implementation": implementation}
+    options: dict[str, Any] = {"config": config, "max_rows": max_rows, "implementation": implementation}
     function: Callable[..., Any] = jaxmoe.moe
     if is_view(params.gate_up) or is_view(params.down):
-        _check(x, params, config)  # in the words of jaxmoe.moe, which is not called
-        for name, weight in (("params.gate_up", params.gate_up), ("params.down", params.down)):
-            check_weight(name, weight, x.device)
-        (gate_up, down), options["transposed"] = as_they_lie(params.gate_up, params.down)
+        _check(x, params, config, expert_map)  # in the words of jaxmoe.moe, which is not called
+        gate_up, down, options["transposed"] = _as_they_lie(params.gate_up, params.down, "params.")
         arguments["params"] = dataclasses.replace(arguments["params"], gate_up=gate_up, down=down)
         function = _of_views
     y, routing = call(function, arguments, options, no_gradient=("params.bias",))
@@ -96,21 +189,36 @@ def _of_views(
     params: jaxmoe.MoEParams,
     *,
     config: RoutingConfig,
-    transposed: tuple[bool, bool],
     num_valid_tokens: Any,
     implementation: str | None,
+    **options: Any,
 ) -> tuple[Any, jaxmoe.Routing]:
-    """`jaxmoe.moe` in its parts, of which `experts` takes weights that lie transposed."""
-    how: dict[str, Any] = {"implementation": implementation}
-    logits = jaxmoe.router_logits(x, params.router, **how)
-    routing = jaxmoe.route(logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, **how)
-    plan = jaxmoe.plan_dispatch(routing.experts, config.num_expert_ids, **how)
-    rows = jaxmoe.dispatch(x, plan, **how)
-    rows = jaxmoe.experts(rows, params.gate_up, params.down, plan.group_sizes, transposed=transposed, **how)
-    return jaxmoe.combine(rows, plan, routing.weights, **how), routing
+    """`jaxmoe.moe`, of weights that lie transposed."""
+    logits = jaxmoe.router_logits(x, params.router, implementation=implementation)
+    routing = jaxmoe.route(
+        logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, implementation=implementation
+    )
+    of_experts = routing.experts, routing.weights, params.gate_up, params.down
+    return _fused_of_views(x, *of_experts, implementation=implementation, **options), routing
 
 
-def _check(x: torch.Tensor, params: MoEParams, config: Any) -> None:
+def _check_experts(x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, expert_map: Any) -> None:
+    check("x", x, ("T", "H"))
+    check("experts", experts, (x.shape[0], "S"), INT32)
+    check("weights", weights, experts.shape)
+    _check_weights(x, gate_up, down, "E", "")
+    if expert_map is not None:
+        check("expert_map", expert_map, ("ids",), INT32)
+
+
+def _check_weights(x: Any, gate_up: Any, down: Any, num_here: int | str, prefix: str) -> None:
+    check(f"{prefix}gate_up", gate_up, (num_here, x.shape[1], "2 * I"), (x.dtype,))
+    check_at_least_one(f"{prefix}gate_up", gate_up, 0)
+    inner = half(f"{prefix}gate_up", gate_up.shape[2])
+    check(f"{prefix}down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
+
+
+def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any) -> None:
     if not isinstance(config, RoutingConfig):
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
     experts = config.num_experts
@@ -118,16 +226,20 @@ def _check(x: torch.Tensor, params: MoEParams, config: Any) -> None:
     check("params.router", params.router, (experts, x.shape[1]))
     if params.bias is not None:
         check("params.bias", params.bias, (experts,))
-    check("params.gate_up", params.gate_up, (config.num_expert_ids, x.shape[1], "2 * I"), (x.dtype,))
-    inner = half("params.gate_up", params.gate_up.shape[2])
-    check("params.down", params.down, (config.num_expert_ids, inner, x.shape[1]), (x.dtype,))
+    here: int | str = config.num_expert_ids
+    if expert_map is not None:
+        check("expert_map", expert_map, (here,), INT32)
+        here = "experts here"
+    _check_weights(x, params.gate_up, params.down, here, "params.")
 
 
-def _moe(x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any) -> tuple[torch.Tensor, Routing]:
+def _moe(
+    x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any, expert_map: Any, max_rows: int | None
+) -> tuple[torch.Tensor, Routing]:
     """`moe` through the ops."""
-    _check(x, params, config)
+    _check(x, params, config, expert_map)
     valid, number = check_count(num_valid_tokens, "x", x)
     bias = without_gradient(params.bias)
-    arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json
+    arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json, expert_map, max_rows
     y, *routing = path.at_once(ops.moe, *arguments)
     return y, Routing(*routing)

@@ -161,6 +161,7 @@ def _dispatch(
     tokens: int,
     divisor: int,
     rows: int,
+    ends: bool,
     config: dispatch_kernels.Config,
     is_aligned: bool,
     device: int,
@@ -174,6 +175,7 @@ def _dispatch(
         rows=shape(INT32, tokens, num_slots),
         slots=shape(INT32, rows),
         scale=None if scale is None else shape(scale, tokens, num_slots),
+        end=shape(INT32, 1) if ends else None,
         width=width,
         dtype=JAX_DTYPES[out],
         config=config,
@@ -188,16 +190,19 @@ def dispatch(
     out: torch.Tensor,
     *,
     clear: bool = True,
+    end: torch.Tensor | None = None,
 ) -> None:
-    """Fills `out` [M, H] from x [T, H], each row times its scale [T, S] where there is one; the others if `clear`."""
+    """Fills `out` [M, H] from x [T, H], each row times its scale [T, S] where there is one; the others if `clear`.
+
+    Nobody reads the rows at or past `end`, int32 [1].
+    """
     (num_tokens, num_slots), (num_rows, width) = rows.shape, out.shape
     if num_tokens == 0 or out.numel() == 0:
         if clear:
             out.zero_()
         return
     ins = [x.data_ptr(), rows.data_ptr(), slots.data_ptr()]
-    if scale is not None:
-        ins.append(scale.data_ptr())
+    ins += [tensor.data_ptr() for tensor in (scale, end) if tensor is not None]
     into = out.data_ptr()
     stride, tokens, divisor, distance = laid(x, num_tokens)
     dtype = JAX_DTYPES[out.dtype]
@@ -212,6 +217,7 @@ def dispatch(
         tokens,
         divisor,
         rows_for(num_rows, width, out.itemsize),
+        end is not None,
         config,
         aligned(*ins, into),
         x.get_device(),

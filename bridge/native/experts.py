@@ -13,6 +13,7 @@ import torch
 from bridge.native import build as building
 from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
 from bridge.native.driver import Kernel
+from jaxmoe.grouped_matmul import ANY, Groups
 from kernels_pallas import gated_grad as gated_kernels
 from kernels_pallas import grouped_matmul as kernels
 from kernels_pallas import grouped_matmul_grad as grad_kernels
@@ -38,13 +39,14 @@ def _matmul(
     transposed: bool,
     rows: int,
     gathered: tuple[int, int, int, int] | None,  # the stride, tokens and divisor of `laid`, and slots a token
+    clear: bool,
     config: kernels.Config,
     is_aligned: bool,
     device: int,
 ) -> Kernel:
     depth = sizes[2 if transposed else 1]
     arrays: dict[str, Any] = {"rows": shape(dtype, rows, depth)}
-    static: dict[str, Any] = {"transposed": transposed, "config": config}
+    static: dict[str, Any] = {"transposed": transposed, "clear": clear, "config": config}
     function: Any = kernels.grouped_matmul
     if activation is None:
         arrays["weight"] = shape(dtype, *sizes)
@@ -65,6 +67,7 @@ def _run(
     group_sizes: torch.Tensor,
     activation: str | None,
     *outs: torch.Tensor,
+    groups: Groups,
     slots: torch.Tensor | None = None,
     num_slots: int = 0,
 ) -> None:
@@ -75,7 +78,7 @@ def _run(
         return
     num_experts, transposed = weight.shape[0], is_transposed(weight)
     config = kernels.config_for(
-        num_rows,
+        groups.expected or num_rows,
         num_experts,
         depth,
         width,
@@ -99,6 +102,7 @@ def _run(
         transposed,
         rows_for(num_rows, max(depth, outs[-1].shape[1]), rows.itemsize),
         gathered,
+        groups.clear,
         config,
         aligned(*ins, *into),
         rows.get_device(),
@@ -107,9 +111,11 @@ def _run(
     kernel(programs, 1, *ins, num_rows, *distance, *into)
 
 
-def grouped_matmul(rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
+def grouped_matmul(
+    rows: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor, *, groups: Groups = ANY
+) -> None:
     """Fills `out` [M, N] with each group of rows [M, K] times its weight."""
-    _run(rows, weight, group_sizes, None, out)
+    _run(rows, weight, group_sizes, None, out, groups=groups)
 
 
 def gated_matmul(
@@ -120,22 +126,30 @@ def gated_matmul(
     *outs: torch.Tensor,
     slots: torch.Tensor | None = None,
     num_slots: int = 0,
+    groups: Groups = ANY,
 ) -> None:
     """Fills the first of `outs`, [M, I], with activation(gate) * up, and a second with gate and up side by side.
 
     With a plan's slots [M] `rows` are the tokens [T, H], which may lie apart: row i is token slots[i] // num_slots.
     """
-    _run(rows, gate_up, group_sizes, activation, *outs, slots=slots, num_slots=num_slots)
+    _run(rows, gate_up, group_sizes, activation, *outs, groups=groups, slots=slots, num_slots=num_slots)
 
 
 @functools.cache
 def _gated_grad(
-    dtype: torch.dtype, width: int, scaled: bool, activation: str, rows: int, is_aligned: bool, device: int
+    dtype: torch.dtype,
+    width: int,
+    scaled: bool,
+    ends: bool,
+    activation: str,
+    rows: int,
+    is_aligned: bool,
+    device: int,
 ) -> Kernel:
     kept, grad = shape(dtype, rows, 2 * width), shape(dtype, rows, width)
-    scale = shape(torch.float32, rows) if scaled else None
-    function = gated_kernels.gated_grad
-    return build(function, device, is_aligned, kept=kept, grad=grad, scale=scale, activation=activation)[0]
+    arrays: dict[str, Any] = {"kept": kept, "grad": grad, "scale": shape(torch.float32, rows) if scaled else None}
+    arrays["end"] = shape(INT32, 1) if ends else None
+    return build(gated_kernels.gated_grad, device, is_aligned, **arrays, activation=activation)[0]
 
 
 def gated_grad(
@@ -146,23 +160,25 @@ def gated_grad(
     hidden: torch.Tensor,
     scale: torch.Tensor | None = None,
     dots: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
 ) -> None:
     """Fills `dkept` [M, 2 * I] and `hidden` [M, I] from gate and up, both times `scale` [M].
 
     `dkept` may be `kept`, and `hidden` may be `grad`: all that is read of a place is read before it is written.
 
-    With a scale, float32, also fills `dots` float32 [M] with hidden . grad before it is scaled.
+    With a scale, float32, also fills `dots` float32 [M] with hidden . grad before it is scaled. Rows at or past `end`,
+    int32 [1], hold nothing.
     """
     num_rows, width = grad.shape
     if 0 in grad.shape:
         if dots is not None:
             dots.zero_()
         return
-    ins = [tensor.data_ptr() for tensor in (kept, grad, *([] if scale is None else [scale]))]
+    ins = [tensor.data_ptr() for tensor in (kept, grad, scale, end) if tensor is not None]
     outs = [tensor.data_ptr() for tensor in (dkept, hidden, *([] if dots is None else [dots]))]
     rows = rows_for(num_rows, 2 * width, kept.itemsize)
     is_aligned, device = aligned(*ins, *outs), kept.get_device()
-    kernel = _gated_grad(kept.dtype, width, scale is not None, activation, rows, is_aligned, device)
+    kernel = _gated_grad(kept.dtype, width, scale is not None, end is not None, activation, rows, is_aligned, device)
     kernel(num_rows, 1, *ins, *outs)
 
 
@@ -185,7 +201,9 @@ def _outer(
     return build(grad_kernels.grouped_outer, device, is_aligned, **arrays, config=config)[0]
 
 
-def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor) -> None:
+def grouped_outer(
+    a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, out: torch.Tensor, *, groups: Groups = ANY
+) -> None:
     """Fills `out` [E, A, B], or a transposed view of [E, B, A], with each expert's a.T @ b."""
     if is_transposed(out):
         a, b, out = b, a, out.mT
@@ -193,7 +211,9 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, group_sizes: torch.Tensor, o
     if 0 in (num_rows, left, right):
         out.zero_()
         return
-    config = grad_kernels.config_for(num_rows, num_experts, left, right, JAX_DTYPES[a.dtype], _platform())
+    config = grad_kernels.config_for(
+        groups.expected or num_rows, num_experts, left, right, JAX_DTYPES[a.dtype], _platform()
+    )
     ins, into = [tensor.data_ptr() for tensor in (a, b, group_sizes)], out.data_ptr()
     rows = rows_for(num_rows, max(left, right), a.itemsize)
     kernel = _outer(a.dtype, num_experts, left, right, rows, config, aligned(*ins, into), a.get_device())

@@ -1,4 +1,4 @@
-"""The torch ops of the whole layer and of the bias update."""
+"""The torch ops of the whole layer, of what lies behind its routing, and of the bias update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from bridge import path
-from bridge.native.routing import config_of
 from bridge.ops.dispatch import plan_dispatch
 from bridge.ops.library import LIBRARY, register_batch
 from bridge.ops.routing import route, router_logits
@@ -22,11 +21,28 @@ def weighted(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    num_ids: int | None = None,
 ) -> Tensor:
-    """dispatch, experts and combine: [T, H] of x [T, H], a plan's (rows, slots, group_sizes) and weights [T, S]."""
+    """dispatch, experts and combine: [T, H] of x [T, H], a plan's (rows, slots, group_sizes) and weights [T, S].
+
+    num_ids: how many there are, where experts are elsewhere, too.
+    """
     path.check_no_tangents(x=x, weights=weights, gate_up=gate_up, down=down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
-    return weighted_experts(x, *plan, weights, gate_up, down, keep)[0]
+    return weighted_experts(x, *plan, weights, gate_up, down, num_ids or gate_up.shape[0], keep)[0]
+
+
+def _fused_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_map: Tensor | None = None,
+    max_rows: int | None = None,
+) -> Tensor:
+    plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, max_rows)
+    return weighted(x, plan, weights, gate_up, down, None if expert_map is None else expert_map.shape[0])
 
 
 def _moe(
@@ -38,11 +54,12 @@ def _moe(
     valid: Tensor | None,
     number: int | None,
     config: str,
+    expert_map: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = router_logits(x, router)
     weights, chosen, load = route(logits, bias, valid, number, config, True)
-    plan = plan_dispatch(chosen, config_of(config).num_expert_ids, 1, None)
-    return weighted(x, plan, weights, gate_up, down), weights, chosen, load
+    return _fused_experts(x, chosen, weights, gate_up, down, expert_map, max_rows), weights, chosen, load
 
 
 def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
@@ -63,9 +80,14 @@ def _define(schema: str, function: Any) -> Any:
     return op
 
 
+fused_experts = _define(
+    "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? expert_map=None,"
+    " SymInt? max_rows=None) -> Tensor",
+    _fused_experts,
+)
 moe = _define(
     "moe(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens, SymInt? number,"
-    " str config) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str config, Tensor? expert_map=None, SymInt? max_rows=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _moe,
 )
 update_bias = _define("update_bias(Tensor bias, Tensor load, float rate) -> Tensor", _update_bias)

@@ -23,9 +23,11 @@ from bridge.ops.library import define
 from bridge.views import made_dense
 from jaxmoe import layer
 from jaxmoe.arguments import half
+from jaxmoe.grouped_matmul import Groups
 
 Tensor = torch.Tensor
 ACTIVATION = "silu"
+LEFT = Groups(clear=False)  # rows behind the last group: nobody reads them
 
 
 def _check(
@@ -54,8 +56,10 @@ def _fake(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    num_ids: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    """num_ids: how many ids there are, here and elsewhere, among which tokens chose."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
     return x.new_empty(x.shape), x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[2]))
 
@@ -68,20 +72,28 @@ def _native(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    num_ids: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, keep)
+    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, keep)
     hidden, out = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
     to, num_slots = [hidden, kept] if keep else [hidden], rows.shape[1]
-    native.gated_matmul(x, gate_up, group_sizes, ACTIVATION, *to, slots=slots, num_slots=num_slots)
-    native.grouped_matmul(hidden, down, group_sizes, out)
+    groups = _groups(rows, slots, gate_up, num_ids)
+    native.gated_matmul(x, gate_up, group_sizes, ACTIVATION, *to, slots=slots, num_slots=num_slots, groups=groups)
+    native.grouped_matmul(hidden, down, group_sizes, out, groups=groups)
     moves.combine(out, rows, weights, y)
     return y, kept
 
 
+def _groups(rows: Tensor, slots: Tensor, gate_up: Tensor, num_ids: int) -> Groups:
+    """What is known of a plan's groups, if all ids are chosen equally often."""
+    expected = layer.expected_rows(rows.numel(), num_ids, gate_up.shape[0], slots.shape[0])
+    return LEFT._replace(expected=expected)
+
+
 @jax.jit
 def _jax_forward(x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any) -> Any:
-    y, (kept, *_) = layer.weighted_fwd((None, 1), x, rows, slots, group_sizes, weights, gate_up, down)
+    y, (kept, *_) = layer.weighted_fwd((None, LEFT), x, rows, slots, group_sizes, weights, gate_up, down)
     return y, kept
 
 
@@ -99,6 +111,7 @@ def _plain(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    num_ids: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
@@ -107,9 +120,10 @@ def _plain(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, keep = inputs
+    *tensors, num_ids, keep = inputs
     if not keep:
         raise RuntimeError("weighted_experts: expected keep=True where a gradient is asked for, got False")
+    ctx.num_ids = num_ids
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -136,13 +150,13 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError("weighted_experts: a backward pass that failed has written over what the next one needs")
     ctx.written_over = _is_last(kept, grad)
     op = weighted_experts_last_backward if ctx.written_over else weighted_experts_backward
-    dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, trained)
-    return dx, None, None, None, dweights, *(stack if trained else (None, None)), None
+    dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, ctx.num_ids, trained)
+    return dx, None, None, None, dweights, *(stack if trained else (None, None)), None, None
 
 
 weighted_experts = define(
     "weighted_experts(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
-    " Tensor down, bool keep) -> (Tensor, Tensor)",
+    " Tensor down, SymInt num_ids, bool keep) -> (Tensor, Tensor)",
     native=_native,
     plain=_plain,
     fake=_fake,
@@ -167,6 +181,7 @@ def _backward_fake(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    num_ids: int,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
@@ -186,6 +201,7 @@ def _backward_native(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    num_ids: int,
     trained: bool,
     *,
     over: bool = False,
@@ -204,18 +220,19 @@ def _backward_native(
     # it at once would take more memory than plain torch does.
     held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
     dkept = kept if over else torch.empty_like(kept)
-    moves.dispatch(grad, rows, slots, None, held)
-    native.grouped_matmul(held, down.mT, group_sizes, hidden)  # the gradient of the hidden rows,
-    native.gated_grad(kept, hidden, ACTIVATION, dkept, hidden, scale, dots)  # then these themselves
+    groups, end = _groups(rows, slots, gate_up, num_ids), group_sizes.sum(0, keepdim=True, dtype=torch.int32)
+    moves.dispatch(grad, rows, slots, None, held, end=end)
+    native.grouped_matmul(held, down.mT, group_sizes, hidden, groups=groups)  # the gradient of the hidden rows,
+    native.gated_grad(kept, hidden, ACTIVATION, dkept, hidden, scale, dots, end)  # then these themselves
     ddown = gradient_of(down, trained)
     if trained:
-        native.grouped_outer(hidden, held, group_sizes, ddown)
-        moves.dispatch(x, rows, slots, None, held)  # now the tokens,
+        native.grouped_outer(hidden, held, group_sizes, ddown, groups=groups)
+        moves.dispatch(x, rows, slots, None, held, end=end)  # now the tokens,
     del hidden
     dgate_up = gradient_of(gate_up, trained)
     if trained:
-        native.grouped_outer(held, dkept, group_sizes, dgate_up)
-    native.grouped_matmul(dkept, gate_up.mT, group_sizes, held)  # then their gradients
+        native.grouped_outer(held, dkept, group_sizes, dgate_up, groups=groups)
+    native.grouped_matmul(dkept, gate_up.mT, group_sizes, held, groups=groups)  # then their gradients
     dx = x.new_empty(x.shape)
     moves.combine(held, rows, None, dx)
     if dots.numel():
@@ -230,7 +247,7 @@ def _jax_backward(
     grad: Any, x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, kept: Any
 ) -> Any:
     saved = (kept, x, rows, slots, group_sizes, weights, gate_up, down)
-    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd((None, 1), saved, grad)
+    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd((None, LEFT), saved, grad)
     return dx, dweights, dgate_up, ddown
 
 
@@ -244,9 +261,10 @@ def _backward_plain(
     gate_up: Tensor,
     down: Tensor,
     kept: Tensor,
+    num_ids: int,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, trained)
+    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, num_ids, trained)
     arguments = {"grad": grad, **_named(x, rows, slots, group_sizes, weights, gate_up, down), "kept": kept}
     found = call(_jax_backward, arguments, {})
     # In the layout of the weights, as the fake implementation says.
@@ -260,7 +278,7 @@ def _backward_plain(
 
 weighted_experts_backward = define(
     "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
-    " Tensor gate_up, Tensor down, Tensor kept, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor gate_up, Tensor down, Tensor kept, SymInt num_ids, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
     plain=_backward_plain,
     fake=_backward_fake,
@@ -269,7 +287,8 @@ weighted_experts_backward = define(
 # The same where there is no second backward pass: `kept` holds gradients afterwards.
 weighted_experts_last_backward = define(
     "weighted_experts_last_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes,"
-    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, SymInt num_ids, bool trained)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     native=functools.partial(_backward_native, over=True),
     plain=_backward_plain,
     fake=_backward_fake,

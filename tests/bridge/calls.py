@@ -14,7 +14,11 @@ import jaxmoe
 
 CONFIG = bridge.RoutingConfig(num_experts=8, top_k=2, n_group=2, routed_scaling_factor=2.5, n_shared_experts=1)
 TOKENS, WIDTH, INNER = 5, 32, 16
-FUNCTIONS = ("route", "router_logits", "plan_dispatch", "dispatch", "combine", "experts", "moe", "update_bias")
+FUNCTIONS = (
+    *("route", "router_logits", "plan_dispatch", "dispatch", "combine", "experts", "fused_experts", "moe"),
+    "update_bias",
+)
+HERE = (8, 1, 6, 3, 0, 5)  # of CONFIG's ids, those of the experts that `fused_experts` has, the shared one first
 WITH_OUT = ("route", "dispatch", "combine")
 
 
@@ -31,6 +35,8 @@ def arguments(name: str, tokens: int = TOKENS, config: bridge.RoutingConfig = CO
     down = numbers(config.num_expert_ids, INNER, WIDTH, seed=2) / 8
     bias = numbers(config.num_experts, seed=3)
     router = numbers(config.num_experts, WIDTH, seed=4)
+    expert_map = np.full(config.num_expert_ids, -1, np.int32)
+    expert_map[list(HERE)] = np.arange(len(HERE))
     return {
         "route": {"logits": numbers(tokens, config.num_experts), "bias": bias},
         "router_logits": {"x": numbers(tokens, WIDTH), "weight": router},
@@ -38,6 +44,14 @@ def arguments(name: str, tokens: int = TOKENS, config: bridge.RoutingConfig = CO
         "dispatch": {"x": numbers(tokens, WIDTH), "plan": plan},
         "combine": {"rows": numbers(pairs, WIDTH), "plan": plan, "weights": numbers(tokens, config.num_slots, seed=5)},
         "experts": {"rows": numbers(pairs, WIDTH), "gate_up": gate_up, "down": down, "group_sizes": plan[2]},
+        "fused_experts": {
+            "x": numbers(tokens, WIDTH),
+            "experts": ids,
+            "weights": numbers(tokens, config.num_slots, seed=5),
+            "gate_up": gate_up[list(HERE)],
+            "down": down[list(HERE)],
+            "expert_map": expert_map,
+        },
         "moe": {
             "x": numbers(tokens, WIDTH),
             "params": {"router": router, "bias": bias, "gate_up": gate_up, "down": down},
@@ -50,6 +64,7 @@ def options(name: str, implementation: str | None = None, config: bridge.Routing
     extra: dict[str, Any] = {
         "route": {"config": config, "num_valid_tokens": None},
         "plan_dispatch": {"num_experts": config.num_expert_ids, "align": 4},
+        "fused_experts": {"max_rows": 9},  # of 11 pairs of experts that are here
         "moe": {"config": config},
         "update_bias": {"rate": 0.25},
     }.get(name, {})

@@ -8,6 +8,9 @@ import jax
 import pytest
 import torch
 
+from bridge import path
+from tests.emulator.native import TARGETS, Emulator, forget
+
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest, through_dlpack: None) -> Iterator[torch.device]:
@@ -17,3 +20,20 @@ def device(request: pytest.FixtureRequest, through_dlpack: None) -> Iterator[tor
     # A machine with a GPU still tests the CPU: JAX's own arrays have to be made there then.
     with jax.default_device(jax.local_devices(backend=request.param)[0]):
         yield torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(params=["dlpack", "ops"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways that calls on CPU tensors can take; on a GPU it is the second."""
+    if request.param == "ops":
+        monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
+    return request.param
+
+
+@pytest.fixture(params=TARGETS)
+def emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """Kernels on CPU tensors run in it."""
+    made = Emulator()
+    made.install(request.param, monkeypatch)
+    yield made
+    forget()

@@ -24,6 +24,7 @@ from bridge.native.driver import observers
 from bridge.ops import layer as ops
 from jaxmoe.__main__ import main
 from jaxmoe.command.audit import layer, lowered
+from tests.bridge.calls import arguments, tensors
 from tests.cases import normal
 
 LAYER = audit.Layer(tokens=9, hidden=64, inner=24, experts=16, dtype="bfloat16")
@@ -263,6 +264,26 @@ def test_recorder(run: Callable[[], Any], operations: int, casts: int, copies: i
     counts = recorder.counts
     found = (counts.operations.total(), counts.casts.total(), counts.copies.total(), len(recorder.sizes))
     assert found == (operations, casts, copies, allocations)
+
+
+def test_a_plan_that_is_cut_is_counted() -> None:
+    def make(device: str) -> Callable[[], Any]:
+        ids = torch.zeros(5, 2, dtype=torch.int32, device=device)
+        return lambda: bridge.plan_dispatch(ids, 3, max_rows=4)
+
+    assert counting.count(make, "meta").launches == {"plan_dispatch": {"plan_dispatch": 1}}
+
+
+def test_what_lies_behind_routing_is_counted() -> None:
+    """Under expert parallelism too, as of kernels that leave rows behind the last group alone."""
+
+    def make(device: str) -> Callable[[], Any]:
+        given = tensors(arguments("fused_experts"), torch.device(device))
+        return lambda: bridge.fused_experts(**given, max_rows=9)
+
+    counts = counting.count(make, "meta")
+    assert counts.launches == {name: KERNELS[name] for name in ("plan_dispatch", "experts", "combine")}
+    assert not counts.operations
 
 
 def test_recorder_leaves_nothing_behind() -> None:

@@ -23,6 +23,7 @@ DIFFERENTIABLE = {
     "dispatch": ("x",),
     "combine": ("rows", "weights"),
     "experts": ("rows", "gate_up", "down"),
+    "fused_experts": ("x", "weights", "gate_up", "down"),
     "moe": ("x", "params"),
 }
 BIAS = ("bias", "params.bias")

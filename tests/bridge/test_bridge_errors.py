@@ -152,6 +152,12 @@ WRONG = {
         "experts: .* got int64; nothing is",
     ),
     "num_experts": ("plan_dispatch", lambda: {"num_experts": 0}, "num_experts: expected an int from 1 to .*, got 0"),
+    "max_rows": ("plan_dispatch", lambda: {"max_rows": 6}, "max_rows: expected a positive multiple of align=4, got 6"),
+    "max_rows bool": (
+        "plan_dispatch",
+        lambda: {"align": 1, "max_rows": True},
+        "max_rows: expected a positive int, got True",
+    ),
     "plan type": ("dispatch", lambda: {"plan": ints(1)}, "plan: expected a DispatchPlan, got Tensor"),
     "plan rows": (
         "dispatch",
@@ -175,6 +181,33 @@ WRONG = {
         "experts",
         lambda: {"activation": ["silu"]},
         r"activation: expected one of .*, got \['silu'\]",
+    ),
+    # More of it in test_bridge_fused_experts.py: what is said on every way.
+    "ids int64": ("fused_experts", lambda: {"experts": torch.zeros(5, 3).long()}, "experts: .* got int64; nothing is"),
+    "tokens apart": (
+        "fused_experts",
+        lambda: {"x": torch.zeros(5, 64)[:, :32]},
+        "x: expected a contiguous tensor, got",
+    ),
+    "implementation of fused_experts": (
+        "fused_experts",
+        lambda: {"implementation": "cuda"},
+        "implementation: expected None or one of .* got 'cuda'",
+    ),
+    "views, gate_up unaligned": (
+        "fused_experts",
+        lambda: {"gate_up": torch.zeros(6 * 32 * 32 + 1)[1:].view(6, 32, 32).mT},
+        "gate_up: expected an address that is a multiple of 64 bytes",
+    ),
+    "views, down of other strides": (
+        "fused_experts",
+        lambda: {"gate_up": torch.zeros(6, 32, 32).mT, "down": torch.zeros(6, 16, 64)[:, :, ::2]},
+        "down: expected a contiguous tensor or the transpose of one",
+    ),
+    "views, weights": (
+        "fused_experts",
+        lambda: {"gate_up": torch.zeros(6, 32, 32).mT, "weights": None},
+        r"weights: expected a torch.Tensor .* \[5, 3\], got NoneType",
     ),
     "too many valid in a layer, numpy": (
         "moe",

@@ -58,7 +58,7 @@ def test_equals_jaxmoe(name: str, tokens: int, device: torch.device) -> None:
         same(tensor, array)
 
 
-@pytest.mark.parametrize("name", ["route", "router_logits", "plan_dispatch", "dispatch", "combine"])
+@pytest.mark.parametrize("name", ["route", "router_logits", "plan_dispatch", "dispatch", "combine", "fused_experts"])
 def test_implementation_is_passed_on(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice of implementation must reach jaxmoe, and give its results there."""
     values, asked = arguments(name), []
@@ -195,10 +195,11 @@ def test_without_load(device: torch.device) -> None:
 def test_expert_map(device: torch.device) -> None:
     """An optional tensor reaches jaxmoe."""
     ids, local = arguments("plan_dispatch")["experts"], np.array([-1, 0, 1, -1, 2, -1, 3, -1, 0], np.int32)
-    plan = bridge.plan_dispatch(tensors(ids, device), 4, expert_map=tensors(local, device))
-    wanted = jaxmoe.plan_dispatch(arrays(ids), 4, expert_map=arrays(local))
-    for tensor, array in zip(plan, wanted, strict=True):
-        same(tensor, array)
+    for max_rows in (None, 2):
+        plan = bridge.plan_dispatch(tensors(ids, device), 4, expert_map=tensors(local, device), max_rows=max_rows)
+        wanted = jaxmoe.plan_dispatch(arrays(ids), 4, expert_map=arrays(local), max_rows=max_rows)
+        for tensor, array in zip(plan, wanted, strict=True):
+            same(tensor, array)
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -290,11 +291,14 @@ def test_params_and_plan_are_not_changed(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, leaves(given), strict=True))
 
 
-def test_integers_of_numpy() -> None:
+@pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
+def test_integers_of_numpy(takes_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they come from an array: taken wherever an int is; a bool is none."""
+    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
     ids = torch.tensor([[2, 0], [0, 1]], dtype=torch.int32)
-    wanted = bridge.plan_dispatch(ids, 3, align=2)
-    for found, tensor in zip(bridge.plan_dispatch(ids, np.int64(3), align=np.int32(2)), wanted, strict=True):
+    wanted = bridge.plan_dispatch(ids, 3, align=2, max_rows=4)
+    plan = bridge.plan_dispatch(ids, np.int64(3), align=np.int32(2), max_rows=np.uint8(4))
+    for found, tensor in zip(plan, wanted, strict=True):
         assert torch.equal(found, tensor)
     rows, *_ = vllm.moe_permute(torch.ones(2, 4), None, ids, np.int64(3), n_local_expert=np.int64(-1))
     assert rows.shape == (4, 4)

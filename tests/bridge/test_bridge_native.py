@@ -188,6 +188,18 @@ def test_one_compilation_serves_every_number_of_tokens(launches: list[Any]) -> N
     assert [name for name, _ in launches] == few * 6 + many * 2, "no tokens, no launch"
 
 
+@pytest.mark.parametrize("tokens", [5, 600], ids=["one launch", "two"])
+@pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
+def test_a_plan_that_is_cut_takes_no_other_kernel(launches: list[Any], tokens: int) -> None:
+    """Where it is cut, `slots` say."""
+    ids, sizes = torch.zeros(tokens, 9, dtype=torch.int32), torch.zeros(33, dtype=torch.int32)
+    for rows in (tokens * 9, 16, 1):
+        dispatch.plan_dispatch(ids, 33, 1, None, ids, torch.zeros(rows, dtype=torch.int32), sizes)
+    names = {5: ["plan_dispatch"], 600: ["plan_count", "plan_place"]}[tokens]
+    assert [made.name.rpartition(".")[2] for made in build.builds] == ["plan_dispatch"]
+    assert [name for name, _ in launches] == names * 3
+
+
 @pytest.mark.parametrize("launches", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtypes", ["bfloat16 bfloat16", "bfloat16 float32", "float32 float32"])
 def test_the_router_has_few_compilations(dtypes: str, launches: list[Any]) -> None:
@@ -350,7 +362,7 @@ def test_memory_of_the_backward_pass(launches: list[Any], trained: bool, over: b
     weights = torch.zeros(tokens, slots)
     flat, sizes, kept = ids.reshape(-1), torch.zeros(9, dtype=torch.int32), zeros(tokens * slots, 2 * inner)
     with Live() as live:
-        weighted_experts._backward_native(x, x, ids, flat, sizes, weights, gate_up, down, kept, trained, over=over)
+        weighted_experts._backward_native(x, x, ids, flat, sizes, weights, gate_up, down, kept, 9, trained, over=over)
     assert [name for name, _ in launches].count("grouped_outer") == 2 * trained
     rows = tokens * slots * (2 * width + 4) + weights.nbytes  # and a number for each
     both = 0 if over else kept.nbytes

@@ -48,6 +48,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     transposed = tuple(leaf(w) for w in weights(True))
     stack, kept = (gate_up.detach(), down.detach()), normal(M, 2 * I, seed=2)
     valid = torch.tensor(3, dtype=torch.int32)
+    here, local = torch.arange(-2, E - 2, dtype=torch.int32), (leaf(gate_up[: E - 2]), leaf(down[: E - 2]))
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype)
     out = empty(T, 4), empty(T, 4, dtype=torch.int32), empty(E, dtype=torch.int32)
     router = normal(16, H, seed=1, grad=True)
@@ -62,6 +63,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "router_logits_backward": (OPS.router_logits_backward, (normal(T, 16), normal(T, H), router.detach())),
         "plan_dispatch": (OPS.plan_dispatch, (ids, E, 4, None)),
         "plan_dispatch, mapped": (OPS.plan_dispatch, (ids, 3, 1, torch.arange(-1, E - 1, dtype=torch.int32))),
+        "plan_dispatch, cut": (OPS.plan_dispatch, (ids, E, 4, None, 24)),
         "align_blocks": (OPS.align_blocks, (ids, E, 4, None, False, T * 4 + 3 * E)),
         "align_blocks, named": (
             OPS.align_blocks,
@@ -100,26 +102,31 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         },
         "weighted_experts": (
             OPS.weighted_experts,
-            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, True),
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, E, True),
         ),
         "weighted_experts, transposed": (
             OPS.weighted_experts,
-            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), *transposed, True),
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), *transposed, 4 * E, True),
         ),
         "weighted_experts, nothing kept": (
             OPS.weighted_experts,
-            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, False),
+            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, E, False),
         ),
         **{
             f"weighted_experts_backward{', frozen' * (not trained)}": (
                 OPS.weighted_experts_backward,
-                (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept, trained),
+                (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept, E, trained),
             )
             for trained in (True, False)
         },
         "weighted_experts_last_backward": (
             OPS.weighted_experts_last_backward,
-            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept.clone(), True),
+            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept.clone(), E, True),
+        ),
+        "fused_experts": (OPS.fused_experts, (normal(T, H, grad=True), ids, normal(T, 4, grad=True), gate_up, down)),
+        "fused_experts, of other ids, with room for few": (
+            OPS.fused_experts,
+            (normal(T, H, grad=True), ids, normal(T, 4, grad=True), *local, here, 7),
         ),
         "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json)),
         "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5)),
@@ -151,7 +158,7 @@ def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
     leaves = [normal(tokens, H, grad=True), normal(tokens, 2, grad=True)]
     leaves += [normal(experts, H, 2 * I, grad=True), normal(experts, I, H, grad=True)]
     x, weights, gate_up, down = leaves
-    y, kept = OPS.weighted_experts(x, rows, slots, sizes, weights, gate_up, down, True)
+    y, kept = OPS.weighted_experts(x, rows, slots, sizes, weights, gate_up, down, experts, True)
     assert (y.shape, kept.shape) == ((tokens, H), (len(slots), 2 * I))
     assert not y.any()
     for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
@@ -172,7 +179,7 @@ def written_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def weighted(x: Any) -> Any:
     ids = torch.arange(T * 2, dtype=torch.int32).view(T, 2) % E
-    return OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *weights(False), True)[0]
+    return OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *weights(False), E, True)[0]
 
 
 def test_what_is_kept_is_written_over_by_the_last_backward_pass_alone(written_over: list[str]) -> None:
@@ -316,6 +323,13 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "config": (lambda: bridge.route(normal(T, 16), config=CONFIG.json), "config: expected a RoutingConfig, got str"),
     "ids dtype": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int64), 4), r"experts: expected int32 \[T, S\]"),
     "align": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=0), "align: expected an int from 1"),
+    **{
+        f"max_rows {rows}": (
+            lambda rows=rows: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=8, max_rows=rows),  # type: ignore[misc]
+            rf"max_rows: expected a positive multiple of align=8, got {rows}$",
+        )
+        for rows in (0, 12, -8, True, 8.0)
+    },
     "length": (
         lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, None, False, 37),
         "length: expected 38 for 10 pairs, or more, to 1610612735, got 37",
@@ -411,6 +425,10 @@ def test_fake_tensors() -> None:
         plan = bridge.plan_dispatch(routing.experts, E, align=8)
         rows = bridge.dispatch(x, plan)
         y = bridge.combine(rows, plan, routing.weights)
+        cut = [bridge.plan_dispatch(routing.experts, E, align=8, max_rows=most).slots.shape for most in (64, 160)]
+        with pytest.raises(ValueError, match="max_rows: expected a positive multiple of align=8, got 12"):
+            bridge.plan_dispatch(routing.experts, E, align=8, max_rows=12)
+    assert cut == [(64,), (152,)]
     assert (routing.weights.shape, routing.load.shape) == ((7, 4), (E,))
     assert rows.shape == (152, H), "28 pairs and 17 * 7 for the alignment, up to a multiple of 8"
     assert (y.shape, y.dtype) == ((7, H), torch.bfloat16)

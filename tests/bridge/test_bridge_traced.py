@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bridge
-from bridge import path
 from bridge.compat import vllm
 from bridge.ops.layer import weighted
 from tests.bridge.calls import FUNCTIONS, WITH_OUT, arguments, leaves, options, tensors
@@ -27,14 +27,12 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 X, ROUTER = numbers(5, 32), numbers(8, 32, seed=1)
 IDS = torch.tensor([[0, 3], [1, 2], [7, 3], [3, 0], [5, 6]], dtype=torch.int32)
 PLAN = bridge.plan_dispatch(IDS, 8)
+LOCAL = torch.tensor([2, -1, 4, 0, -1, 3, -1, 1], dtype=torch.int32)  # five are here, of 8 pairs
 
 
-@pytest.fixture(params=["dlpack", "ops"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways that calls on CPU tensors can take; on a GPU it is the second."""
-    if request.param == "ops":
-        monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
-    return request.param
+def fused(x: torch.Tensor, weights: torch.Tensor, *stack: torch.Tensor) -> torch.Tensor:
+    ids, local = (tensor.to(x.device) for tensor in (IDS, LOCAL))
+    return bridge.fused_experts(x, ids, weights, *stack, expert_map=local, max_rows=5)
 
 
 def differentiable() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
@@ -49,6 +47,7 @@ def differentiable() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.
         "combine": (lambda rows, weights: bridge.combine(rows, PLAN, weights), [rows, numbers(5, 2)]),
         "grouped_matmul": (lambda rows, weight: bridge.grouped_matmul(rows, weight, sizes), [rows, gate_up]),
         "experts": (lambda *args: bridge.experts(*args, sizes), [rows, gate_up, down]),
+        "fused_experts": (fused, [X, numbers(5, 2, seed=5), gate_up[:5], down[:5]]),
         "moe": (lambda x, *args: bridge.moe(x, params(*args), CONFIG)[0], [X, ROUTER, gate_up, down]),
     }
 
@@ -95,15 +94,17 @@ PACKED = [elsewhere, unaligned, in_place, torch.clone]
 def test_saved_tensors_may_move(pack: Callable[[torch.Tensor], torch.Tensor], way: str) -> None:
     """As offloading hooks move them: strided inputs come back dense, dense ones at any address."""
     wide, seed = numbers(5, 96, seed=5).requires_grad_(), numbers(5, 8, seed=6)
+    stack = [(numbers(8, *sides) / 8).requires_grad_() for sides in ((32, 12), (6, 32))]
 
     def gradients() -> tuple[torch.Tensor, ...]:
         x, router, weights = wide[:, 16:48], ROUTER.clone().requires_grad_(), numbers(5, 2).requires_grad_()
         y = (
             bridge.combine(bridge.dispatch(x, PLAN), PLAN, weights).sum()
             + (bridge.router_logits(x, router) * seed).sum()
+            + bridge.fused_experts(x.contiguous(), IDS, weights, *stack).square().sum()
         )
         routed = bridge.route(wide[:, 8:16], config=CONFIG).weights.square().sum()
-        return torch.autograd.grad(y + routed, (wide, router, weights))
+        return torch.autograd.grad(y + routed, (wide, router, weights, *stack))
 
     wanted = gradients()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(tensor.detach()), lambda tensor: tensor):
@@ -178,6 +179,7 @@ def test_tangents_are_refused(way: str) -> None:
     with forward_ad.dual_level():
         dual = lambda *shape: forward_ad.make_dual(torch.ones(shape), torch.ones(shape))
         rows, out = bridge.dispatch(X, PLAN), torch.empty(5, 32)
+        stack = torch.ones(8, 32, 12), torch.ones(8, 6, 32)
         with refused("weights"):
             bridge.combine(rows, PLAN, dual(5, 2))
         with refused("weights"):
@@ -188,7 +190,9 @@ def test_tangents_are_refused(way: str) -> None:
             with refused("logits"):
                 bridge.route(dual(5, 8), config=CONFIG, return_load=False, out=routing)
         with refused("x"):
-            weighted(dual(5, 32), PLAN, torch.ones(5, 2), torch.ones(8, 32, 12), torch.ones(8, 6, 32))
+            weighted(dual(5, 32), PLAN, torch.ones(5, 2), *stack)
+        with refused("weights"):
+            bridge.fused_experts(X, IDS, dual(5, 2), *stack)
         with refused("permuted_hidden_states"):
             vllm.moe_unpermute(out, dual(10, 32), torch.ones(5, 2), PLAN.rows.flatten())
         assert bridge.combine(rows, PLAN, torch.ones(5, 2)).shape == (5, 32), "nothing with a tangent goes in"
@@ -231,9 +235,11 @@ def test_vmap_of_more() -> None:
     alone = [bridge.experts(rows, gate_up[i].contiguous(), down[i].contiguous(), PLAN.group_sizes) for i in range(3)]
     torch.testing.assert_close(found, torch.stack(alone))
     several = torch.stack([IDS, IDS.flip(0)])[:, :3].contiguous()
-    plans = vmap(lambda ids: tuple(bridge.plan_dispatch(ids, 8)))(several)
-    for i, ids in enumerate(several):
-        assert all(torch.equal(a[i], b) for a, b in zip(plans, bridge.plan_dispatch(ids.clone(), 8), strict=True))
+    for rows in (None, 4):
+        plans = vmap(lambda ids, rows=rows: tuple(bridge.plan_dispatch(ids, 8, max_rows=rows)))(several)
+        for i, ids in enumerate(several):
+            wanted = bridge.plan_dispatch(ids.clone(), 8, max_rows=rows)
+            assert all(torch.equal(a[i], b) for a, b in zip(plans, wanted, strict=True))
     loads = torch.arange(14, dtype=torch.int32).view(2, 7)
     found = vmap(lambda load: bridge.update_bias(torch.zeros(7), load, rate=0.5))(loads)
     assert torch.equal(found, torch.stack([bridge.update_bias(torch.zeros(7), x.clone(), rate=0.5) for x in loads]))
@@ -252,6 +258,7 @@ def test_functional_gradients_are_refused(name: str) -> None:
     """torch.func has no gradient of an op that is registered as a library's: in our words, by the argument's name."""
     run, inputs = differentiable()[name]
     names = {"route": ("logits",), "dispatch": ("x",), "combine": ("x", "weights"), "moe": ("x", "router")}
+    names["fused_experts"] = ("x", "weights")
     for i, argument in enumerate(names.get(name, ("x" if name == "router_logits" else "rows",))):
         loss = lambda x, i=i: run(*inputs[:i], x, *inputs[i + 1 :]).sum()
         for transformed in (
@@ -333,12 +340,31 @@ def test_compiled_around_a_config() -> None:
             torch.testing.assert_close(whole(numbers(5, experts), *rest), run(numbers(5, experts), *rest))
 
 
+@pytest.mark.parametrize("most", [lambda tokens: 8, lambda tokens: 4 * tokens], ids=["a number", "by the tokens"])
+def test_compiled_around_a_plan_that_is_cut(most: Callable[[int], int]) -> None:
+    """One graph for every number of tokens, whether the plan is cut or not."""
+
+    def run(x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        plan = bridge.plan_dispatch(ids, 8, align=2, max_rows=most(ids.shape[0]))
+        return bridge.dispatch(x, plan), *plan
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (5, 2, 4, 3):
+        given = X[:tokens].clone(), IDS[:tokens].clone()  # a view's graph is one of its base's, too
+        torch.testing.assert_close(whole(*given), run(*given))
+    assert counter.frame_count == 1
+
+
 def test_compiled_with_a_number_of_tokens_that_data_decides() -> None:
     """As after an exchange between the ranks of expert parallelism."""
     mask = torch.tensor([True, False, True, True, False])
     params = bridge.MoEParams(router=ROUTER, gate_up=numbers(8, 32, 12), down=numbers(8, 6, 32))
     calls: list[Callable[..., torch.Tensor]] = [
         lambda x, ids, mask: bridge.dispatch(x[mask], bridge.plan_dispatch(ids[mask], 8)),
+        lambda x, ids, mask: bridge.dispatch(x[mask], bridge.plan_dispatch(ids[mask], 8, max_rows=4)),
+        lambda x, ids, mask: bridge.dispatch(x[mask], bridge.plan_dispatch(ids[mask], 8, max_rows=mask.sum().item())),
         lambda x, ids, mask: bridge.moe(x[mask], params, CONFIG)[0],
     ]
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

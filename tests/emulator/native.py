@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.emulator import machine
 from tests.emulator.memory import POISON, Global
 
 SEED = 1
+ALL = os.environ.get("JAXMOE_EMULATE") == "all"  # every case, on every target
+TARGETS = ["sm_90", "sm_80"] if ALL else ["sm_90"]
 _built: dict[str, list[Binary]] = {}  # by key, as on disk: most of a test's time is compiling
 _ptx: dict[bytes, str] = {}  # by machine code
 
@@ -28,14 +31,14 @@ class Emulator:
         self.memory = Global()
         self.records: list[machine.Record] = []
         self.edit: Callable[[str], str] = lambda text: text  # of the PTX, before it runs
-        self._kept: list[torch.Tensor] = []  # so that no address is used again
+        self.kept: list[torch.Tensor] = []  # all of them, so that no address is used again
 
     def add(self, tensor: torch.Tensor, writable: bool = True) -> torch.Tensor:
         """Registers what the tensor spans, which a kernel may read or also write."""
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = sum((side - 1) * stride for side, stride in steps) + 1 if tensor.numel() else 0
         self.memory.add(tensor.data_ptr(), span * tensor.itemsize, tensor.itemsize, writable)
-        self._kept.append(tensor)
+        self.kept.append(tensor)
         return tensor
 
     def empty(self, *shape: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:

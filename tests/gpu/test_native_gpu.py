@@ -133,9 +133,13 @@ def test_num_valid_tokens(valid: int, kind: str) -> None:
 def test_plan_dispatch_and_combine(case: PlanCase, layout: str) -> None:
     ids, expert_map = case.inputs(150)
     plan = bridge.plan_dispatch(
-        tensor(ids, layout), case.num_experts, align=case.align, expert_map=tensor(expert_map, layout)
+        tensor(ids, layout),
+        case.num_experts,
+        align=case.align,
+        expert_map=tensor(expert_map, layout),
+        max_rows=case.max_rows,
     )
-    check_plan(plan_of(plan), ids, case.num_experts, case.align, expert_map)
+    check_plan(plan_of(plan), ids, case.num_experts, case.align, expert_map, case.max_rows)
     for dtype in (jnp.bfloat16, jnp.float32):
         x = cases.normal(1, len(ids), 72, dtype=dtype)
         out = poisoned(plan.slots.shape[0], 72, dtype=DTYPES[x.dtype.name], layout=layout)
@@ -467,6 +471,7 @@ def test_opcheck() -> None:
         (ops.route.default, (logits, step.bias, step.valid, None, V3.json, True)),
         (ops.route.default, (logits, None, None, 3, V3.json, False)),
         (ops.plan_dispatch.default, (got.experts, 257, 8, None)),
+        (ops.plan_dispatch.default, (got.experts, 257, 8, None, 64)),
         (ops.dispatch.default, (step.x.clone().requires_grad_(), plan.rows, plan.slots)),
         (ops.combine.default, (rows.clone().requires_grad_(), plan.rows, plan.slots, got.weights.requires_grad_())),
         (ops.router_logits.default, (step.x.clone().requires_grad_(), torch.randn(9, 512, device="cuda"))),

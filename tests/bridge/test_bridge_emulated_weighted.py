@@ -1,0 +1,103 @@
+"""The op of what lies behind routing in the emulator: what it computes, and what it leaves as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from bridge.native import experts
+from bridge.ops import weighted_experts
+from jaxmoe import layer
+from tests import oracle
+from tests.bridge.test_bridge_emulated import plan
+from tests.cases import BF16, F32, normal
+from tests.check_plan import PlanCase, drawn
+from tests.emulator import native
+from tests.emulator.native import Emulator, array
+
+WIDTH, INNER = 72, 24
+IDS = (-1, 3, -1, -1, 0, -1, -1, 4, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, -1)  # five of twenty are here
+# With them, for how many rows tiles are chosen: as many as experts that are here get of all pairs, if no id is special.
+CASES = [
+    (PlanCase("dropped pairs, groups are filled up", 5, align=4, tokens=11, ids=drawn(-1, 5)), 22),
+    (PlanCase("a quarter of the experts", 5, expert_map=IDS), 11),
+    (PlanCase("a quarter of the experts, groups are filled up", 5, align=4, expert_map=IDS), 11),
+    (PlanCase("a quarter of the experts, room for few", 5, expert_map=IDS, max_rows=7), 7),
+    (PlanCase("nothing is here", 5, align=4, expert_map=(-1,) * 20), 11),
+]
+
+
+def check_left(tensors: list[torch.Tensor], rows: int, end: int, widths: list[int]) -> None:
+    """Of the arrays with as many rows, these: rows before the end are written, and those behind it are not."""
+    found = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16 and tensor.shape[0] == rows]
+    assert sorted(tensor.shape[1] for tensor in found) == widths
+    for tensor in found:
+        assert not tensor[:end].isnan().any()
+        assert (tensor[end:].view(torch.int16) == -1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize(("case", "expected"), CASES, ids=lambda value: getattr(value, "why", ""))
+def test_weighted_experts(
+    case: PlanCase, expected: int, transposed: bool, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward. New memory is full of NaN, which would show wherever it is read."""
+    monkeypatch.setattr(native, "POISON", 0xFF)
+    found, tokens = plan(emulator, case), case.tokens
+    end, rows, num_ids = int(found.group_sizes.sum()), len(found.slots), len(case.expert_map or range(5))
+    x, up = (normal(seed, tokens, WIDTH, dtype=BF16) for seed in (0, 1))
+    weights = normal(2, *found.rows.shape)
+    gate_up = normal(3, 5, WIDTH, 2 * INNER, dtype=BF16, scale=0.1)
+    down = normal(4, 5, INNER, WIDTH, dtype=BF16, scale=0.2)
+    lay = lambda w: emulator.put(np.asarray(w).swapaxes(1, 2)).mT if transposed else emulator.put(w)
+    tensors = [emulator.put(a) for a in (x, found.rows, found.slots, found.group_sizes, weights)]
+    tensors += [lay(gate_up), lay(down)]
+
+    asked: set[int] = set()
+    for module in (experts.kernels, experts.grad_kernels):
+        config_for = module.config_for
+        noted = lambda n, *args, of=config_for, **options: asked.add(n) or of(n, *args, **options)
+        monkeypatch.setattr(module, "config_for", noted)
+    before = len(emulator.kept)
+    y, kept = weighted_experts._native(*tensors, num_ids, True)
+    check_left(emulator.kept[before:], rows, end, [INNER, 2 * INNER, WIDTH])  # hidden, gate and up, what comes out
+
+    gated_grad, dispatch = experts.gated_grad, weighted_experts.moves.dispatch
+
+    def with_scale(*args: Any) -> None:
+        emulator.add(args[5], writable=False)  # indexing made it
+        gated_grad(*args)
+
+    def with_end(*args: Any, end: torch.Tensor) -> None:
+        emulator.add(end, writable=False)  # a sum
+        dispatch(*args, end=end)
+
+    monkeypatch.setattr(experts, "gated_grad", with_scale)
+    monkeypatch.setattr(weighted_experts.moves, "dispatch", with_end)
+    bits, gradient = kept.view(torch.int16).clone(), emulator.put(up)
+    results = []
+    for over, widths in ((False, [INNER, 2 * INNER, WIDTH]), (True, [INNER, WIDTH])):
+        before = len(emulator.kept)
+        results.append(weighted_experts._backward_native(gradient, *tensors, kept, num_ids, True, over=over))
+        check_left(emulator.kept[before:], rows, end, widths)
+        assert torch.equal(bits, kept.view(torch.int16)) != (over and end > 0), "there may be a second backward pass"
+    check_left([kept], rows, end, [2 * INNER])
+    got, last = results
+    assert all(torch.equal(one, other) for one, other in zip(got, last, strict=True))
+    assert asked == {expected}
+
+    def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:
+        arrays = x, found.rows, found.slots, found.group_sizes, weights, gate_up, down
+        return layer.weighted_experts(("xla", weighted_experts.LEFT), *arrays)
+
+    wide = [jax.numpy.asarray(a, F32) for a in (x, weights, gate_up, down)]
+    want, pull = jax.vjp(exactly, *wide)
+    oracle.same(array(y), np.asarray(want, np.float64), rtol=0.03, atol=0.03)
+    for g, w in zip(got, pull(jax.numpy.asarray(up, F32)), strict=True):
+        scale = float(jax.numpy.abs(w).max())
+        assert (scale > 0) == (end > 0)
+        oracle.same(array(g), np.asarray(w, np.float64), rtol=0.03, atol=0.01 * scale)
