@@ -161,6 +161,29 @@ def test_what_rows_about_as_large_as_the_cache_change(tokens: int, one_warp: boo
     assert not combine.config_for(tokens, 8, 7168, jnp.bfloat16, "rocm").once
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "depth", "width", "gated", "columns", "stages"),
+    [
+        (64, 32, 7168, 2048, True, 64, 5),  # 16 rows a tile, a long sum
+        (64, 32, 2048, 7168, False, 128, 4),  # a shorter one
+        (512, 32, 7168, 2048, True, 64, 3),  # 32 rows
+        (1024, 32, 7168, 2048, True, 64, 4),  # 64 rows
+        (1, 32, 7168, 2048, True, 16, 6),  # 32 programs with tiles of 128 columns, 128 with these
+        (1, 32, 2048, 7168, False, 64, 6),  # 56
+        (2, 8, 14336, 4096, False, 64, 6),  # 64
+        (3, 8, 14336, 4096, False, 128, 5),  # 96
+        (1, 1, 4096, 64, False, 32, 6),  # never narrower
+    ],
+)
+def test_tiles_of_products_that_read_the_weights(
+    num_rows: int, experts: int, depth: int, width: int, gated: bool, columns: int, stages: int
+) -> None:
+    """Many bytes on their way, and narrow tiles where there would be few programs; as measured on an H200."""
+    config = grouped_matmul.config_for(num_rows, experts, depth, width, jnp.bfloat16, "cuda", gated=gated)
+    assert (config.columns, config.num_stages) == (columns, stages)
+    assert grouped_matmul.config_for(num_rows, experts, depth, width, jnp.bfloat16, "rocm", gated=gated).num_stages == 2
+
+
 @pytest.mark.parametrize(("num_rows", "few"), [(1, True), (8192, True), (8193, False), (32768, False)])
 def test_tiles_of_weight_gradients(num_rows: int, few: bool) -> None:
     """256 rows an expert and fewer take small programs, as measured on an H200, and there alone."""
