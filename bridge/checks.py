@@ -59,7 +59,8 @@ def most_rows(max_rows: Any, align: int) -> Any:
     """
     if isinstance(max_rows, np.integer):
         max_rows = operator.index(max_rows)
-    if not isinstance(max_rows, (int, torch.SymInt)) or isinstance(max_rows, bool):
+    traced = torch.compiler.is_compiling() and isinstance(max_rows, int) and not isinstance(max_rows, bool)
+    if not traced and not isinstance(max_rows, torch.SymInt):
         check_max_rows(max_rows, align)
     return max_rows
 

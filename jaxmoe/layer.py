@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe import arguments
 from jaxmoe.arguments import check_array
-from jaxmoe.config import RoutingConfig, as_int
+from jaxmoe.config import MAX_EXPERTS, RoutingConfig, as_int
 from jaxmoe.dispatch import check_max_rows, gather, move, plan_dispatch
 from jaxmoe.experts import gated, gated_grad
 from jaxmoe.grouped_matmul import Groups, alignment, no_gradient, outer, product
@@ -108,6 +108,17 @@ _weighted.defvjp(weighted_fwd, weighted_bwd)
 weighted_experts = compiled(_weighted)
 
 
+def check_number(name: str, number: int) -> None:
+    """Raises ValueError for more experts than a plan can be made for."""
+    if number > 2 * MAX_EXPERTS:
+        raise ValueError(f"{name}: expected at most {2 * MAX_EXPERTS} experts, got {number}")
+
+
+def room(max_rows: Any) -> Any:
+    """For how many rows there is memory: a multiple of eight, which all kernels for gradients take. None: for all."""
+    return None if max_rows is None else (max_rows + 7) // 8 * 8  # plain arithmetic: torch.compile passes symbols
+
+
 def expected_rows(num_pairs: int, num_ids: int, num_here: int, max_rows: int | None) -> int:
     """How many of the pairs go to the experts that are here, if all ids are chosen equally often."""
     share = num_pairs if num_here >= num_ids else -(-num_pairs * num_here // num_ids)
@@ -128,19 +139,20 @@ def fused_experts(
     """What lies behind routing, as one function with one derivative: plan_dispatch, dispatch, experts, combine.
 
     Tokens are gathered by the first product as it reads them. With an `expert_map` it is a device's part of the layer
-    under expert parallelism: the parts of all devices add up to the layer. Rows of experts that are elsewhere are
-    neither computed nor read or written, but there is memory for them, unless `max_rows` says how much.
+    under expert parallelism: the parts of all devices add up to the layer. The kernels neither compute nor read or
+    write rows of experts that are elsewhere, but there is memory for them, unless `max_rows` says how much; how the
+    work is cut up is chosen as if tokens chose all ids equally often.
 
     Args:
       x: [T, H] bfloat16, float16 or float32.
-      experts: int32 [T, S], the ids that `route` chose; a negative one is dropped.
+      experts: int32 [T, S], the ids that `route` chose; a negative one, or one not below the number of ids, is dropped.
       weights: [T, S] of any float dtype.
       gate_up: [E, H, 2 * I] of x's dtype: the gate and up projections of the experts that are here.
       down: [E, I, H] of x's dtype.
-      expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here.
-      max_rows: for how many (token, slot) pairs of experts that are here there is room, at least, in what lies between.
-        Pairs that do not fit may be dropped, those of the last experts first, as if their ids were negative: compare it
-        with the load of the experts that are here. None: for all T * S.
+      expert_map: int32 [number of ids], id -> local expert, -1, or a number not below E, for one that is not here.
+      max_rows: for how many (token, slot) pairs of experts that are here there is room in what lies between, rounded up
+        to a multiple of eight; some devices have room for more. Pairs that do not fit are dropped, those of the last
+        experts first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
@@ -165,6 +177,7 @@ def fused_experts(
     check_array("weights", weights, experts.shape)
     check_array("gate_up", gate_up, ("E", x.shape[1], "2 * I"), (x.dtype,))
     arguments.check_at_least_one("gate_up", gate_up, 0)
+    check_number("gate_up", gate_up.shape[0])
     inner = arguments.half("gate_up", gate_up.shape[2])
     check_array("down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
     if expert_map is not None:
@@ -173,8 +186,9 @@ def fused_experts(
     check_max_rows(max_rows, 1)
     check_implementation(implementation, x, experts, weights, gate_up, down)
     arguments.check_one_device(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down)
+    check_not_sharded(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, expert_map=expert_map)
 
-    num_here = gate_up.shape[0]
+    num_here, max_rows = gate_up.shape[0], room(max_rows)
     num_ids = num_here if expert_map is None else expert_map.size
     expected = expected_rows(experts.size, num_ids, num_here, max_rows)
     align = alignment(
@@ -189,7 +203,8 @@ def fused_experts(
         max_rows=None if max_rows is None else filled(max_rows),
         implementation=implementation,
     )
-    static = implementation, Groups(align, filled(expected), clear=False)
+    # Who looks for NaN would find it in gate and up, which are kept for the backward pass, where nobody wrote them.
+    static = implementation, Groups(align, filled(expected), clear=bool(jax.config.jax_debug_nans))  # type: ignore[attr-defined]
     return weighted_experts(static, x, *plan, weights, gate_up, down)
 
 
@@ -258,6 +273,7 @@ def moe(
         num_here = "experts here"
     check_array("params.gate_up", params.gate_up, (num_here, x.shape[1], "2 * I"), (x.dtype,))
     arguments.check_at_least_one("params.gate_up", params.gate_up, 0)
+    check_number("params.gate_up", params.gate_up.shape[0])
     inner = arguments.half("params.gate_up", params.gate_up.shape[2])
     check_array("params.down", params.down, (params.gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
     arguments.check_one_device(x=x, params=params)

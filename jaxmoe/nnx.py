@@ -304,7 +304,7 @@ class MoE(nnx.Module):
           num_valid_tokens: tokens at or past this index come out as zeros, and a NaN in their x reaches no gradient but
             the router's, as `jaxmoe.moe` says.
           expert_map: under shard_map, where the module has one device's part of the experts: as for `jaxmoe.moe`.
-            Shared experts that are kept apart are added as the module has them: a part of their inner width each.
+            Split the inner width of shared experts that are kept apart over the devices, or each adds all of them.
           max_rows: as for `jaxmoe.moe`.
 
         Returns:

@@ -41,9 +41,8 @@ def _kernel(*refs: Any, config: Config, width: int, activation: str, scaled: boo
     end_ref = rest.pop(0) if has_end else None
     dkept_ref, hidden_ref, *dots_ref = rest
     row = pl.program_id(0)
-    scale = 1.0 if scale_ref is None else scale_ref[row]
 
-    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+    def step(i: jax.Array, total: jax.Array, scale: Any) -> jax.Array:
         column = i * config.columns + iota((config.columns,), 0)
         inside = column < width
         read = lambda ref, at: load(ref.at[row, at], mask=inside, other=0.0).astype(jnp.float32)
@@ -58,8 +57,9 @@ def _kernel(*refs: Any, config: Config, width: int, activation: str, scaled: boo
         return total + activated * up * grad
 
     def compute() -> None:
+        scaled_step = functools.partial(step, scale=1.0 if scale_ref is None else scale_ref[row])
         zeros = jnp.zeros((config.columns,), jnp.float32)
-        total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), step, zeros)
+        total = jax.lax.fori_loop(0, pl.cdiv(width, config.columns), scaled_step, zeros)
         if dots_ref:
             dots_ref[0][row] = jnp.sum(total, axis=0)
 

@@ -36,8 +36,7 @@ from kernels_pallas.launch import (
     within,
 )
 
-
-FEW_PROGRAMS = 66  # that leave most of a Hopper's multiprocessors idle
+FEW_PROGRAMS = 66  # which leave half of a Hopper's multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def config_for(
         config = Config(rows, 256, 64, together, num_warps=8, num_stages=4, last_rows=64)
     elif rows == 128:  # smaller, without Hopper's instructions, which take operands from memory: not measured
         config = Config(rows, 128, 64, 8, num_warps=8, num_stages=3)
-    else:  # bound by reading the weights: long lines, in either layout, and many bytes on their way. Measured on an H200
+    else:  # bound by reading the weights: long lines, in either layout, many bytes on their way. Measured on an H200
         stages = {16: 5 if depth > 2048 else 4, 32: 3, 64: 4}.get(rows, 3)
         config = Config(rows, 128, 128, 8, num_warps=4, num_stages=stages)
         groups, width_of_all = min(num_experts, num_rows), width * (2 if gated else 1)

@@ -64,7 +64,7 @@ def options(name: str, implementation: str | None = None, config: bridge.Routing
     extra: dict[str, Any] = {
         "route": {"config": config, "num_valid_tokens": None},
         "plan_dispatch": {"num_experts": config.num_expert_ids, "align": 4},
-        "fused_experts": {"max_rows": 9},  # of 11 pairs of experts that are here
+        "fused_experts": {"max_rows": 8},  # of 11 pairs of experts that are here
         "moe": {"config": config},
         "update_bias": {"rate": 0.25},
     }.get(name, {})

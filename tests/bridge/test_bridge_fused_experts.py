@@ -230,7 +230,7 @@ def test_numpy_integers(number: Any, way: str) -> None:
     ids, leaves, _ = given(WHOLE)
     wanted = by_hand(Case("", max_rows=9), ids, *leaves)
     torch.testing.assert_close(fused(Case("", max_rows=number), ids, *leaves), wanted, **TOLERANCE)
-    x, params, local = part_of_layer(5)
+    x, params, local = part_of_layer(20)
     moe = functools.partial(bridge.moe, x, params, CONFIG, expert_map=local)
     assert torch.equal(moe(max_rows=number)[0], moe(max_rows=9)[0])
     assert not torch.equal(moe(max_rows=number)[0], moe()[0])

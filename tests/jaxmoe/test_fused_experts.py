@@ -46,9 +46,9 @@ CASES = [
     Case("no tokens", (1, 2), tokens=0),
     Case("one token, one slot", (0, 5, 6), tokens=1, slots=1, lowest=0),
     Case("room for more than there is", (1, 4), max_rows=1000),
-    Case("room for some rows", tuple(range(IDS)), max_rows=10),
-    Case("room for some rows of some experts", (8, 0, 5, 3), max_rows=6),
-    Case("room for one row", (2, 3), max_rows=1),
+    Case("room for some rows", tuple(range(IDS)), max_rows=16),
+    Case("room for some rows of some experts, rounded up", (8, 0, 5, 3), max_rows=3),
+    Case("room for few rows of two experts", (2, 3), tokens=30, max_rows=8),
 ]
 
 
@@ -66,12 +66,12 @@ def map_of(here: tuple[int, ...]) -> jax.Array:
 
 
 def kept_pairs(case: Case, ids: jax.Array) -> np.ndarray:
-    """Which (token, slot) pairs take part: of the experts here, by local number, the first `max_rows`."""
+    """Which (token, slot) pairs take part: of the experts here, by local number, the first `max_rows`, rounded up."""
     flat = np.asarray(ids).reshape(-1)
     local = [case.here.index(i) if i in case.here else -1 for i in flat]
     order = [pair for _, pair in sorted((e, pair) for pair, e in enumerate(local) if e >= 0)]
     keep = np.zeros(flat.size, bool)
-    keep[order[: case.max_rows]] = True
+    keep[order[: case.max_rows and -(-case.max_rows // 8) * 8]] = True
     return keep.reshape(ids.shape)
 
 
@@ -233,10 +233,19 @@ def test_tiles_are_for_the_rows_that_are_expected(monkeypatch: pytest.MonkeyPatc
     assert set(asked) == {32}
     asked.clear()
     trace(expert_map=here, max_rows=20)
-    assert set(asked) == {20}
+    assert set(asked) == {24}
     asked.clear()
     trace()
     assert set(asked) == {128}
+
+
+def test_nothing_that_nobody_wrote_is_kept_for_who_looks_for_nan(implementation: str) -> None:
+    """jax_debug_nans looks at what the forward pass keeps, too."""
+    run, args = call(CASES[1], implementation)
+    with jax.debug_nans(True):
+        got = jax.vjp(run, *args)[1](drawn(CASES[1])[-1])
+    for g, want in zip(got, jax.vjp(run, *args)[1](drawn(CASES[1])[-1]), strict=True):
+        np.testing.assert_array_equal(g, want)
 
 
 def wrong(**changed: Any) -> None:
@@ -253,6 +262,7 @@ def wrong(**changed: Any) -> None:
         ({"weights": jnp.zeros((11, 2))}, r"weights: expected .* \[11, 3\], got float32\[11, 2\]"),
         ({"gate_up": jnp.zeros((9, 15, 12))}, r"gate_up: expected float32 \[E, 16, 2 \* I\], got float32\[9, 15, 12\]"),
         ({"gate_up": jnp.zeros((0, 16, 12))}, r"gate_up: expected at least one element along axis 0"),
+        ({"gate_up": jnp.zeros((2049, 16, 2))}, r"gate_up: expected at most 2048 experts, got 2049"),
         ({"gate_up": jnp.zeros((9, 16, 13))}, r"gate_up: expected an even last axis"),
         ({"down": jnp.zeros((8, 6, 16))}, r"down: expected float32 \[9, 6, 16\], got float32\[8, 6, 16\]"),
         ({"expert_map": [0, 1]}, r"expert_map: expected an array int32 \[ids\], got list"),

@@ -267,9 +267,9 @@ def test_parts_under_expert_parallelism() -> None:
         np.testing.assert_array_equal(found.load, routing.load)
     oracle.same(total, np.asarray(want, np.float64), rtol=1e-5, atol=1e-5)
     assert jnp.abs(want - y).max() > 0.1
-    none, _ = part(X, expert_map=here, max_rows=1)  # of ten rows of the shared expert
-    np.testing.assert_allclose(none.reshape(10, -1)[0], y.reshape(10, -1)[0], rtol=1e-5, atol=1e-6)
-    assert not none.reshape(10, -1)[1:].any()
+    few, _ = part(X, expert_map=here, max_rows=8)  # of ten rows of the shared expert
+    np.testing.assert_allclose(few.reshape(10, -1)[:8], y.reshape(10, -1)[:8], rtol=1e-5, atol=1e-6)
+    assert not few.reshape(10, -1)[8:].any()
 
 
 def test_initialisers() -> None:
