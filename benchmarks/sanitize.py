@@ -82,12 +82,19 @@ def router(
 
 
 def moved(
-    device: str, tokens: int, slots: int, align: int, *, mapped: bool = False, width: int = WIDTH
+    device: str,
+    tokens: int,
+    slots: int,
+    align: int,
+    *,
+    mapped: bool = False,
+    width: int = WIDTH,
+    max_rows: int | None = None,
 ) -> list[Tensor]:
     """A plan, dispatch and combine, with the gradients of tokens and weights."""
     ids = _ids(device, 4, tokens, slots, low=-1, high=75)  # some are dropped
     expert_map = _ids(device, 5, 73, low=-1, high=9) if mapped else None
-    plan = bridge.plan_dispatch(ids, 9 if mapped else 73, align=align, expert_map=expert_map)
+    plan = bridge.plan_dispatch(ids, 9 if mapped else 73, align=align, expert_map=expert_map, max_rows=max_rows)
     x = _random(device, 6, tokens, width, dtype=BF16, shift=int(mapped)).requires_grad_()
     weights = _random(device, 7, tokens, slots).requires_grad_()
     rows = bridge.dispatch(x, plan)
@@ -140,6 +147,17 @@ def layer(device: str, config: bridge.RoutingConfig, tokens: int) -> list[Tensor
     return [routing.experts, *_with_gradients(y, x, router, gate_up, down)]
 
 
+def part(device: str, tokens: int, max_rows: int | None = None) -> list[Tensor]:
+    """What lies behind routing with a few of many experts here, with all gradients."""
+    ids, weights = _ids(device, 15, tokens, 5, low=-1, high=75), _random(device, 16, tokens, 5).requires_grad_()
+    x = _random(device, 11, tokens, WIDTH, dtype=BF16).requires_grad_()
+    gate_up = (_random(device, 13, 9, WIDTH, 2 * INNER) / 10).to(BF16).requires_grad_()
+    down = (_random(device, 14, 9, INNER, WIDTH) / 6).to(BF16).requires_grad_()
+    leaves = x, weights, gate_up, down
+    y = bridge.fused_experts(x, ids, *leaves[1:], expert_map=_ids(device, 5, 73, low=-1, high=20), max_rows=max_rows)
+    return _with_gradients(y, *leaves)
+
+
 def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     """(what runs, the function of a device that runs it)."""
     for tokens in (1, 3, 37):
@@ -166,6 +184,11 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
             functools.partial(moved, tokens=tokens, slots=slots, align=align, width=8 if tokens > 1000 else WIDTH),
         )
     yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
+    for tokens, align in ((37, 1), (37, 4), (1100, 1), (1100, 4)):
+        yield (
+            f"{tokens} x 5 pairs, align {align}, cut",
+            functools.partial(moved, tokens=tokens, slots=5, align=align, max_rows=tokens * 2 // 4 * 4),
+        )
     for tokens in (1, 37, 900):
         yield f"blocks, {tokens} x 5 pairs", functools.partial(blocks, tokens=tokens, slots=5)
     yield "blocks, here", functools.partial(blocks, tokens=50, slots=3, here=True)
@@ -178,6 +201,9 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     yield "experts, few rows", functools.partial(experts, dtype=BF16, rows=37, activation="gelu_tanh", transposed=True)
     yield "layer, few rows an expert", functools.partial(layer, config=GROUPED, tokens=37)
     yield "layer, many", functools.partial(layer, config=FEW, tokens=600)
+    for tokens, max_rows in ((1, None), (37, None), (900, None), (900, 200)):
+        name = f"a part of the layer, {tokens} x 5 pairs{', cut' if max_rows else ''}"
+        yield name, functools.partial(part, tokens=tokens, max_rows=max_rows)
     yield "experts, float32", functools.partial(experts, dtype=F32, rows=37, activation="gelu", transposed=False)
 
 
