@@ -30,6 +30,25 @@ def check_matrix(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a torch.Tensor with 2 axes, got {described(value)}")
 
 
+def as_int32(topk_ids: torch.Tensor) -> torch.Tensor:
+    """vLLM's ids, of any integer dtype, as the kernels take them."""
+    check_matrix("topk_ids", topk_ids)
+    if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
+        raise ValueError(f"topk_ids: expected integers, got {described(topk_ids)}")
+    if topk_ids.dtype in (torch.int64, torch.uint32, torch.uint64):  # which does not fit is no expert's, and stays so
+        topk_ids = topk_ids.to(torch.int64).clamp(-1, 2**31 - 1)
+    return topk_ids.to(torch.int32)  # the tensor itself where it is int32
+
+
+def checked_map(expert_map: Any, count: int, counted_by: str) -> torch.Tensor:
+    """The entries of the experts that there are."""
+    if not isinstance(expert_map, torch.Tensor) or expert_map.dtype != torch.int32 or expert_map.ndim != 1:
+        raise ValueError(f"expert_map: expected int32 [{counted_by}], got {described(expert_map)}")
+    if expert_map.shape[0] < count:
+        raise ValueError(f"expert_map: expected at least {counted_by}={count} ids, got {expert_map.shape[0]}")
+    return expert_map[:count]
+
+
 def check_in_place(written: str, **read: Any) -> None:
     """Raises ValueError where a tensor that is read asks for a derivative, which nothing written in place has."""
     path.check_no_tangents(**read)

@@ -1,4 +1,4 @@
-"""vLLM's grouped_topk, moe_align_block_size, moe_permute and moe_unpermute on jaxmoe's kernels.
+"""vLLM's fused_experts, grouped_topk, moe_align_block_size, moe_permute and moe_unpermute on jaxmoe's kernels.
 
 Signatures and results are those of vLLM 0.33 (its functions stand in vllm.model_executor.layers.fused_moe):
 `from bridge.compat.vllm import moe_permute, moe_unpermute`. They run wherever jaxmoe runs, wait for no device, and
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 import bridge
-from bridge.compat import check_in_place, check_matrix, described, renamed, route_groups
+from bridge.compat import as_int32, check_in_place, check_matrix, checked_map, described, renamed, route_groups
+from bridge.compat.vllm_experts import fused_experts
 from bridge.dispatch import dispatch_rows
 from bridge.ops.dispatch import align_blocks, permute_maps_out, unpermute_out
 from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
 
-__all__ = ["grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
+__all__ = ["fused_experts", "grouped_topk", "moe_align_block_size", "moe_permute", "moe_unpermute"]
 
 _ROUTED = (torch.bfloat16, torch.float16, torch.float32)  # the dtypes that jaxmoe computes with
 _ROUTE_NAMES = {
@@ -111,24 +112,6 @@ def grouped_topk(
     return routing.weights, routing.experts
 
 
-def _as_int32(topk_ids: torch.Tensor) -> torch.Tensor:
-    check_matrix("topk_ids", topk_ids)
-    if topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool:
-        raise ValueError(f"topk_ids: expected integers, got {described(topk_ids)}")
-    if topk_ids.dtype in (torch.int64, torch.uint32, torch.uint64):  # which does not fit is no expert's, and stays so
-        topk_ids = topk_ids.to(torch.int64).clamp(-1, 2**31 - 1)
-    return topk_ids.to(torch.int32)  # the tensor itself where it is int32
-
-
-def _checked_map(expert_map: Any, count: int, counted_by: str) -> torch.Tensor:
-    """The entries of the experts that there are."""
-    if not isinstance(expert_map, torch.Tensor) or expert_map.dtype != torch.int32 or expert_map.ndim != 1:
-        raise ValueError(f"expert_map: expected int32 [{counted_by}], got {described(expert_map)}")
-    if expert_map.shape[0] < count:
-        raise ValueError(f"expert_map: expected at least {counted_by}={count} ids, got {expert_map.shape[0]}")
-    return expert_map[:count]
-
-
 def moe_align_block_size(
     topk_ids: torch.Tensor,
     block_size: int,
@@ -177,14 +160,14 @@ def moe_align_block_size(
       >>> pairs.tolist(), experts.tolist(), rows.tolist()
       ([1, 2, 3, 4, 0, 4, 4], [0, 1, 2, -1], [6])
     """
-    ids = _as_int32(topk_ids)
+    ids = as_int32(topk_ids)
     block_size, num_experts = as_int(block_size), as_int(num_experts)
     try:
         check_plan_sizes(num_experts, block_size)
     except ValueError as error:
         raise renamed(error, _PLAN_NAMES) from None
     if expert_map is not None:
-        expert_map = _checked_map(expert_map, num_experts, "num_experts")
+        expert_map = checked_map(expert_map, num_experts, "num_experts")
         if return_scatter_idx and not ignore_invalid_experts:
             raise ValueError(
                 "return_scatter_idx: expected False with expert_map, unless ignore_invalid_experts is True"
@@ -296,7 +279,7 @@ def moe_permute(
             f"hidden_states: expected bfloat16 or float16 or float32 where it requires grad, got {got}; use "
             "torch.no_grad()"
         )
-    ids = _as_int32(topk_ids)
+    ids = as_int32(topk_ids)
     out = permuted_hidden_states
     if isinstance(out, torch.Tensor):
         if out.dtype != hidden_states.dtype:
@@ -314,7 +297,7 @@ def moe_permute(
     if not 1 <= n_local <= n_expert:
         raise ValueError(f"n_local_expert: expected -1 or 1 to n_expert={n_expert}, got {n_local_expert}")
     if expert_map is not None:
-        expert_map = _checked_map(expert_map, n_expert, "n_expert")
+        expert_map = checked_map(expert_map, n_expert, "n_expert")
     if a1q_scale is not None:
         _check_scale(a1q_scale, ids.shape[0])
     if scratch is not None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.compat import aiter, vllm
+from tests.bridge import test_bridge_compat_vllm_experts as experts
 from tests.bridge.test_bridge_compat_vllm import compiled_quickly
 
 __all__ = ["compiled_quickly"]  # a fixture
@@ -56,6 +57,7 @@ SIGNATURES = {
         "inv_permuted_idx": "",
         "expert_first_token_offset": NONE,
     },
+    vllm.fused_experts: experts.SIGNATURE,
     aiter.biased_grouped_topk: {
         "gating_output": "",
         "correction_bias": "",
@@ -119,6 +121,7 @@ def arguments(function: Any) -> dict[str, Any]:
             "inv_permuted_idx": torch.arange(T * K, dtype=INT),
             "expert_first_token_offset": torch.full((E + 1,), T * K),
         },
+        "fused_experts": lambda: experts.arguments(ids(), E, H),
         "biased_grouped_topk": lambda: {
             "gating_output": torch.zeros(T, E),
             "correction_bias": torch.zeros(E),
@@ -134,7 +137,7 @@ def tensor_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-G, A, P, U, B = SIGNATURES  # the functions, for the table below
+G, A, P, U, F, B = SIGNATURES  # the functions, for the table below
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (G, {"hidden_states": tensor_of(4, H)}, r"hidden_states: expected the T=5 tokens .* got float32\[4, 16\]"),
     (G, {"hidden_states": None}, "hidden_states: .* got NoneType"),
@@ -229,6 +232,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (B, {"num_expert_group": 4}, "num_expert_group: expected a divisor"),
     (B, {"topk_group": 3}, "topk_group: expected an int from 1 to 2"),
     (B, {"need_renorm": 1}, "need_renorm: expected a bool"),
+    *((F, changed, message) for changed, message in experts.WRONG),
 ]
 
 
@@ -280,6 +284,7 @@ class Operations(TorchDispatchMode):
         "reshape",
         "select",
         "slice",
+        "transpose",
         "unsqueeze",
         "view",
     )
@@ -309,6 +314,11 @@ WORK: list[tuple[Any, dict[str, Any], list[str]]] = [
     (P, {"a1q_scale": tensor_of(T, 1)}, ["floor_divide", "index"]),
     (U, {}, []),
     (U, {"expert_first_token_offset": None}, []),
+    (F, {}, []),
+    (F, HERE, []),
+    (F, {"activation": "gelu"}, []),
+    (F, {name: arguments(F)[name].bfloat16() for name in ("hidden_states", "w1", "w2")}, []),
+    (F, {"topk_ids": ids(dtype=torch.int64)}, ["clamp", "_to_copy"]),
     (B, {}, []),
 ]
 
@@ -325,6 +335,10 @@ def test_torch_does_no_more_than_it_must(
     assert sorted(name for name in operations.names) == sorted(wanted + copies)
 
 
+def parts(result: Any) -> tuple[Any, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else result or ()
+
+
 @pytest.mark.parametrize("function", SIGNATURES, ids=NAME)
 def test_inference_mode(function: Any) -> None:
     """Engines run under it, with tensors made there."""
@@ -332,7 +346,7 @@ def test_inference_mode(function: Any) -> None:
     with torch.inference_mode():
         got = function(**arguments(function))
     assert type(got) is type(wanted)
-    for a, b in zip(got or (), wanted or (), strict=True):
+    for a, b in zip(parts(got), parts(wanted), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -342,57 +356,5 @@ def test_meta_tensors(function: Any) -> None:
     meta = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value
     wanted = function(**arguments(function))
     found = function(**{name: meta(value) for name, value in arguments(function).items()})
-    for a, b in zip(found or (), wanted or (), strict=True):
+    for a, b in zip(parts(found), parts(wanted), strict=True):
         assert (a is None and b is None) or (a.is_meta and a.shape == b.shape and a.dtype == b.dtype)
-
-
-def step(x: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Everything that an engine calls, in its order."""
-    weights, chosen = vllm.grouped_topk(x, logits, K, True, 2, 2, e_score_correction_bias=bias)
-    aiter.biased_grouped_topk(logits, bias, weights, chosen, 2, 2, True)
-    aligned = vllm.moe_align_block_size(chosen, 4, E)
-    rows, _, offsets, inverse, index = vllm.moe_permute(x, None, chosen, E)
-    vllm.moe_unpermute(out, rows, weights, inverse, offsets)
-    return weights, chosen, *aligned, rows, offsets, inverse, index, out
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in inductor
-def test_compiles_whole() -> None:
-    """torch.compile(fullgraph=True) holds the drop-ins; after a first graph one more serves every number of tokens."""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for tokens in (T, 8, 12):  # what other tests here have compiled for first
-        generator = torch.Generator().manual_seed(tokens)
-        given = torch.randn(tokens, H, generator=generator), torch.randn(tokens, E, generator=generator)
-        with torch.no_grad():
-            wanted = step(*given, torch.zeros(E), torch.empty(tokens, H))
-            got = compiled(*given, torch.zeros(E), torch.empty(tokens, H))
-        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_for_other_numbers(dynamic: bool | None) -> None:
-    """A second model in the same process, whose sizes torch.compile has as symbols."""
-
-    def route(logits: torch.Tensor, top_k: int, scale: float, ids: torch.Tensor, block: int) -> tuple[Any, ...]:
-        weights, chosen = vllm.grouped_topk(logits, logits, top_k, True, 2, 2, routed_scaling_factor=scale)
-        theirs, other = torch.empty_like(weights), torch.empty_like(chosen)
-        aiter.biased_grouped_topk(logits, torch.zeros_like(logits[0]), theirs, other, 2, 2, True, scale)
-        aligned = vllm.moe_align_block_size(ids, block, logits.shape[1])
-        return weights, chosen, theirs, other, *aligned, *vllm.moe_permute(logits, None, ids, logits.shape[1])
-
-    torch._dynamo.reset()
-    compiled = torch.compile(route, fullgraph=True, backend="eager", dynamic=dynamic)
-    with torch.no_grad():
-        for experts, top_k, scale, block in ((8, 2, 2.5, 4), (16, 2, 2.5, 4), (16, 3, 1.5, 8), (16, 3, 3.5, 8)):
-            logits = torch.randn(T, experts, generator=torch.Generator().manual_seed(experts))
-            given = logits, top_k, scale, ids(), block
-            for a, b in zip(compiled(*given), route(*given), strict=True):
-                assert (a is None and b is None) or torch.equal(a, b)

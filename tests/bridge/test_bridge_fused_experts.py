@@ -50,15 +50,17 @@ def fused(case: Case, ids: torch.Tensor, *leaves: torch.Tensor, **options: Any) 
     return bridge.fused_experts(x, ids, weights, *stack, expert_map=here(case.here), max_rows=case.max_rows, **options)
 
 
-def by_hand(case: Case, ids: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
-    """Pair by pair."""
+def by_hand(
+    case: Case, ids: torch.Tensor, *leaves: torch.Tensor, activation: Callable[..., Any] = torch.nn.functional.silu
+) -> torch.Tensor:
+    """Expert by expert."""
     x, weights, gate_up, down = leaves
-    y = 0 * x
-    for token, slot in zip(*np.nonzero(kept_pairs(case, ids.numpy())), strict=True):
-        expert = case.here.index(int(ids[token, slot]))
-        gate, up = (x[token] @ gate_up[expert]).chunk(2)
-        row = weights[token, slot] * (torch.nn.functional.silu(gate) * up @ down[expert])
-        y = y.index_add(0, torch.tensor([token]), row[None])
+    kept, y = torch.tensor(kept_pairs(case, ids.cpu().numpy()), device=ids.device), 0 * x
+    for local, expert in enumerate(case.here):
+        token, slot = (kept & (ids == expert)).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up[local]).chunk(2, dim=1)
+        rows = weights[token, slot, None] * (activation(gate) * up @ down[local])
+        y = y.index_add(0, token, rows)
     return y
 
 

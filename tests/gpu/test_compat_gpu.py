@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,10 @@ from tests.bridge.test_bridge_compat_vllm import (  # noqa: E402
     stated_align,
     stated_unpermute,
 )
+from tests.bridge.test_bridge_compat_vllm_experts import ACTIVATIONS, stated  # noqa: E402
 from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs, routed  # noqa: E402
+from tests.gpu.test_native_fused_experts_gpu import check_close, exactly, gradients, twice  # noqa: E402
+from tests.jaxmoe import test_fused_experts as behind_routing  # noqa: E402
 from tests.parity.compare import decided  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU")
@@ -190,16 +194,25 @@ def test_there_and_back_across_libraries(case: Case, dtype: Any, ops: Any, gpu: 
 
 # What needs no peer.
 
-WIDTH, EXPERTS, TOP_K = 512, 32, 4
+WIDTH, INNER, EXPERTS, TOP_K = 512, 96, 32, 4
+
+
+@functools.cache
+def expert_weights(device: Any, count: int = EXPERTS, dtype: Any = torch.bfloat16) -> tuple[Any, Any]:
+    """w1 and w2 as vLLM keeps them."""
+    make = torch.Generator(device).manual_seed(5)
+    sizes = (count, 2 * INNER, WIDTH), (count, WIDTH, INNER)
+    return tuple((torch.randn(size, device=device, generator=make) / size[2] ** 0.5).to(dtype) for size in sizes)
 
 
 def step(x: Any, logits: Any, bias: Any, out: Any, scale: Any = None) -> tuple[Any, ...]:
-    """Route, align, permute and unpermute, as an engine calls them."""
+    """Route, align, permute and unpermute, as an engine calls them; and the experts, in both of their ways."""
     weights, ids = vllm.grouped_topk(x, logits, TOP_K, True, 4, 2, "sigmoid", 2.5, bias)
     aligned = vllm.moe_align_block_size(ids, 16, EXPERTS)
     rows, scales, offsets, inverse, index = vllm.moe_permute(x, scale, ids, EXPERTS)
     vllm.moe_unpermute(out, rows, weights, inverse, offsets)
-    return weights, ids, *aligned, rows, scales, offsets, inverse, index
+    fused = [vllm.fused_experts(x, *expert_weights(x.device), weights, ids, name) for name in ("silu", "gelu")]
+    return weights, ids, *aligned, rows, scales, offsets, inverse, index, *fused
 
 
 def step_inputs(gpu: Any, tokens: int, seed: int = 0) -> tuple[Any, ...]:
@@ -261,6 +274,37 @@ def test_offsets_of_held_rows_change_nothing(gpu: Any) -> None:
     assert torch.equal(out, without)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("few", [tuple(range(EXPERTS)), (5, 17, 2, 30, 9)], ids=["all experts", "some experts"])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_fused_experts(tokens: int, few: tuple[int, ...], dtype: Any, activation: str, gpu: Any) -> None:
+    """Against a loop in float64, gradients too; the same bits on every run."""
+    case = behind_routing.Case("", few, tokens, TOP_K)
+    ids = drawn(-1, EXPERTS)(tokens, TOP_K).to(gpu)
+    ids[:, 1] = few[0]
+    x, weights = numbers(tokens, WIDTH, device=gpu, dtype=dtype), numbers(tokens, TOP_K, device=gpu)
+    leaves = [t.clone().requires_grad_() for t in (x, weights, *expert_weights(gpu, len(few), dtype))]
+    up, options = x.flip(1), {"activation": activation}
+    if len(few) < EXPERTS:
+        local = torch.full((EXPERTS,), -1, dtype=torch.int32, device=gpu)
+        local[list(few)] = torch.arange(len(few), dtype=torch.int32, device=gpu)
+        options |= {"expert_map": local, "global_num_experts": EXPERTS}
+
+    def run() -> list[Any]:
+        x, weights, w1, w2 = leaves
+        y = vllm.fused_experts(x, w1, w2, weights, ids, **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, up)]
+
+    found, exact = twice(run), exactly(leaves)
+    want = stated(case, ids, *exact, activation=activation)
+    wanted = want, *gradients(want, exact, up.double())
+    for tensor, exactly_that, like in zip(found, wanted, (leaves[0], *leaves), strict=True):
+        check_close(tensor, exactly_that, dtype)
+        assert (tensor.dtype, tensor.stride()) == (like.dtype, like.stride())
+    assert bool(want.any()) == bool(tokens)
+
+
 def launches(call: Callable[[], object]) -> list[str]:
     """What one call runs on the GPU, by name."""
     call()
@@ -280,6 +324,7 @@ def test_launches_are_as_documented(gpu: Any) -> None:
     here = torch.arange(EXPERTS, dtype=torch.int32, device=gpu)
     scale = torch.rand(64, 2, device=gpu)
     rows, _, offsets, inverse, _ = vllm.moe_permute(x, None, ids, EXPERTS)
+    fused = functools.partial(vllm.fused_experts, x, *expert_weights(gpu), weights)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "grouped_topk": (1, lambda: vllm.grouped_topk(x, logits, TOP_K, True, 4, 2, "sigmoid", 2.5, bias)),
         "biased_grouped_topk": (1, lambda: aiter.biased_grouped_topk(logits, bias, weights, ids, 4, 2, True, 2.5)),
@@ -289,6 +334,10 @@ def test_launches_are_as_documented(gpu: Any) -> None:
         "moe_permute with scales": (6, lambda: vllm.moe_permute(x, scale, ids, EXPERTS)),
         "moe_unpermute": (1, lambda: vllm.moe_unpermute(out, rows, weights, inverse)),
         "moe_unpermute with offsets": (1, lambda: vllm.moe_unpermute(out, rows, weights, inverse, offsets)),
+        "fused_experts": (4, lambda: fused(ids)),
+        "fused_experts with a map": (4, lambda: fused(ids, expert_map=here)),
+        "fused_experts with gelu": (5, lambda: fused(ids, activation="gelu")),
+        "fused_experts with ids of 64 bits": (6, functools.partial(fused, ids.long())),
     }
     for name, (most, call) in calls.items():
         found = launches(call)

@@ -73,6 +73,11 @@ with jax.set_mesh(mesh):
         jaxmoe.route(held, config=jaxmoe.RoutingConfig(num_experts=4, top_k=2))
     except ValueError as error:
         print("agrees:", error)
+    stack = jax.device_put(normal(8, 4, 4, 2), jax.NamedSharding(mesh, P("data")))
+    try:
+        jaxmoe.fused_experts(normal(7, 10, 4), experts, jnp.ones((10, 2)), stack, normal(9, 4, 1, 4))
+    except ValueError as error:
+        print("agrees:", error)
     # One axis by hand, the other left explicit.
 mesh = jax.make_mesh((2, 1), ("data", "model"))
 with jax.set_mesh(mesh):
@@ -86,5 +91,6 @@ with jax.set_mesh(mesh):
 def test_shard_map() -> None:
     """With shard_map's own checks and without; the interpreter of Pallas itself runs only without them."""
     printed = run_on_cpus(2, PROGRAM)
-    assert printed.count("agrees:") == 6
+    assert printed.count("agrees:") == 7
+    assert "gate_up: expected an array that is not sharded over the mesh's explicit axes ('data',)" in printed
     assert "logits: expected an array that is not sharded over the mesh's explicit axes ('data',)" in printed
