@@ -47,7 +47,8 @@ tiles)
     ;;
 layers)
     python3 -m benchmarks.jax_layer --output "$out/jax_layer.json"
-    python3 -m jaxmoe bench --only experts,layer,huggingface --output "$out/layers.json" --note "$note" 2>&1 | tee "$out/layers.log" | tail -40
+    python3 -m benchmarks.parts --output "$out/parts.json"
+    python3 -m jaxmoe bench --only experts,layer,part,huggingface --output "$out/layers.json" --note "$note" 2>&1 | tee "$out/layers.log" | tail -40
     ;;
 endurance)
     python3 -m benchmarks.endurance --output "$out/endurance.json"
