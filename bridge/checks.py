@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxmoe.dispatch import check_max_rows
+from jaxmoe.dispatch import MOST_ROWS, check_max_rows
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INT32 = (torch.int32,)
@@ -52,7 +52,7 @@ def check_at_least_one(name: str, tensor: torch.Tensor, axis: int) -> None:
 
 
 def most_rows(max_rows: Any, align: int) -> Any:
-    """`max_rows` of a plan, checked, numpy's integers as ints.
+    """`max_rows` of a plan, checked; an int of numpy's as one, and no larger than a plan can be.
 
     Not by `as_int`: where it goes with the tokens, torch.compile has one graph for many of them. Of a number that it
     does not know the op that takes it checks the value.
@@ -62,6 +62,7 @@ def most_rows(max_rows: Any, align: int) -> Any:
     traced = torch.compiler.is_compiling() and isinstance(max_rows, int) and not isinstance(max_rows, bool)
     if not traced and not isinstance(max_rows, torch.SymInt):
         check_max_rows(max_rows, align)
+        return max_rows and min(max_rows, MOST_ROWS // align * align)  # an op takes 64 bits
     return max_rows
 
 

@@ -18,7 +18,7 @@ from bridge.routing import Routing, check_count, count, without_gradient
 from bridge.views import is_view
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
-from jaxmoe.layer import check_number, room
+from jaxmoe.layer import check_number_of_experts, rows_of
 
 
 class MoEParams(NamedTuple):
@@ -55,14 +55,14 @@ def fused_experts(
 
     Args:
       x: [T, H] bfloat16, float16 or float32.
-      experts: int32 [T, S], the ids that `route` chose; a negative one is dropped.
+      experts: int32 [T, S], the ids that `route` chose; a negative one, or one not below the number of ids, is dropped.
       weights: [T, S] of any of the float dtypes.
       gate_up: [E, H, 2 * I] of x's dtype: the gate and up projections of the experts that are here.
       down: [E, I, H] of x's dtype. Either of these two may be a transposed view, `.mT`, of a contiguous tensor.
-      expert_map: int32 [number of ids], id -> local expert, -1 for one that is not here.
+      expert_map: int32 [number of ids], id -> local expert, -1, or a number not below E, for one that is not here.
       max_rows: for how many (token, slot) pairs of experts that are here there is room in what lies between, rounded up
-        to a multiple of eight. Pairs that do not fit are dropped, those of the last experts first, as if their ids were
-        negative: compare it with the load of the experts here. None: for all T * S.
+        to a multiple of eight (through JAX maybe more). Pairs that do not fit are dropped, those of the last experts
+        first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
@@ -118,7 +118,7 @@ def _fused_of_views(
 ) -> Any:
     """`jaxmoe.fused_experts` in its parts, of which `experts` takes weights that lie transposed."""
     how: dict[str, Any] = {"implementation": implementation}
-    plan = jaxmoe.plan_dispatch(experts, gate_up.shape[0], expert_map=expert_map, max_rows=room(max_rows), **how)
+    plan = jaxmoe.plan_dispatch(experts, gate_up.shape[0], expert_map=expert_map, max_rows=rows_of(max_rows), **how)
     rows = jaxmoe.dispatch(x, plan, **how)
     rows = jaxmoe.experts(rows, gate_up, down, plan.group_sizes, transposed=transposed, **how)
     return jaxmoe.combine(rows, plan, weights, **how)
@@ -215,7 +215,7 @@ def _check_experts(x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, 
 def _check_weights(x: Any, gate_up: Any, down: Any, num_here: int | str, prefix: str) -> None:
     check(f"{prefix}gate_up", gate_up, (num_here, x.shape[1], "2 * I"), (x.dtype,))
     check_at_least_one(f"{prefix}gate_up", gate_up, 0)
-    check_number(f"{prefix}gate_up", gate_up.shape[0])
+    check_number_of_experts(f"{prefix}gate_up", gate_up.shape[0])
     inner = half(f"{prefix}gate_up", gate_up.shape[2])
     check(f"{prefix}down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
 

@@ -4,9 +4,10 @@
 
 Each device routes its tokens. Then the tokens of all are gathered, a device keeps the pairs of its own experts
 (`expert_map`), and what it makes of them is summed over the devices as the tokens are shared out again. The same on one
-device; on several GPUs it has not been run. Shapes cannot depend on how many pairs come to a device, so there is room for `ROOM` times as many
-as if experts were chosen equally often. Where more come, the last experts' are dropped; the load tells, and is looked
-at.
+device; on several GPUs it has not been run.
+
+Shapes cannot depend on how many pairs come to a device, so there is room for `ROOM` times as many as if experts were
+chosen equally often. Where more come, the last experts' are dropped; the load tells, and is looked at.
 """
 
 from __future__ import annotations

@@ -108,13 +108,13 @@ _weighted.defvjp(weighted_fwd, weighted_bwd)
 weighted_experts = compiled(_weighted)
 
 
-def check_number(name: str, number: int) -> None:
+def check_number_of_experts(name: str, number: int) -> None:
     """Raises ValueError for more experts than a plan can be made for."""
     if number > 2 * MAX_EXPERTS:
         raise ValueError(f"{name}: expected at most {2 * MAX_EXPERTS} experts, got {number}")
 
 
-def room(max_rows: Any) -> Any:
+def rows_of(max_rows: Any) -> Any:
     """For how many rows there is memory: a multiple of eight, which all kernels for gradients take. None: for all."""
     return None if max_rows is None else (max_rows + 7) // 8 * 8  # plain arithmetic: torch.compile passes symbols
 
@@ -177,7 +177,7 @@ def fused_experts(
     check_array("weights", weights, experts.shape)
     check_array("gate_up", gate_up, ("E", x.shape[1], "2 * I"), (x.dtype,))
     arguments.check_at_least_one("gate_up", gate_up, 0)
-    check_number("gate_up", gate_up.shape[0])
+    check_number_of_experts("gate_up", gate_up.shape[0])
     inner = arguments.half("gate_up", gate_up.shape[2])
     check_array("down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
     if expert_map is not None:
@@ -188,7 +188,7 @@ def fused_experts(
     arguments.check_one_device(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down)
     check_not_sharded(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, expert_map=expert_map)
 
-    num_here, max_rows = gate_up.shape[0], room(max_rows)
+    num_here, max_rows = gate_up.shape[0], rows_of(max_rows)
     num_ids = num_here if expert_map is None else expert_map.size
     expected = expected_rows(experts.size, num_ids, num_here, max_rows)
     align = alignment(
@@ -273,7 +273,7 @@ def moe(
         num_here = "experts here"
     check_array("params.gate_up", params.gate_up, (num_here, x.shape[1], "2 * I"), (x.dtype,))
     arguments.check_at_least_one("params.gate_up", params.gate_up, 0)
-    check_number("params.gate_up", params.gate_up.shape[0])
+    check_number_of_experts("params.gate_up", params.gate_up.shape[0])
     inner = arguments.half("params.gate_up", params.gate_up.shape[2])
     check_array("params.down", params.down, (params.gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
     arguments.check_one_device(x=x, params=params)

@@ -65,7 +65,7 @@ def renamed(error: ValueError, names: Mapping[str, str]) -> ValueError:
     """The error of a function of the bridge, the argument called what the drop-in calls it."""
     name, colon, rest = str(error).partition(":")
     called = names.get(name, name)
-    return ValueError(called + colon + rest.replace(f"pass {name}.contiguous()", f"pass {called}.contiguous()"))
+    return ValueError(called + colon + rest.replace(f"pass {name}.", f"pass {called}."))
 
 
 _made_once = functools.lru_cache(maxsize=256, typed=True)(bridge.RoutingConfig)  # its checks take longer than a call

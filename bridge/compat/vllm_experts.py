@@ -74,12 +74,13 @@ def fused_experts(
 ) -> torch.Tensor:
     """Applies to each token the experts that it was routed to, and sums what they return by its weights.
 
-    Four launches, or five: one or two for the plan, two for the experts, one for the sum; one more with an activation
-    other than "silu", one or two with ids that are not int32. No weight is cast or copied.
+    Four launches, or five: one or two for the plan, two for the experts, one for the sum; up to three more with ids
+    that are not int32. With an activation other than "silu" there is one more, and rows of experts that are elsewhere
+    are zeros, which are written and read. No weight is cast or copied.
 
     Beside vLLM: rows are weighted and summed in float32, in the order of the slots (vLLM rounds each weighted row to
     the dtype first), to the same bits on every run; there are gradients. Not there are quantised weights, biases,
-    weights that are applied to the input, and activations that are not named below.
+    weights that are applied to the input, padded rows of w1 and w2, and activations that are not named below.
 
     Args:
       hidden_states: [T, H] bfloat16, float16 or float32; contiguous, though on a GPU rows may be strided. T may be 0.

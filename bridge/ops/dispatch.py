@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_layout, check_out, row_stride
+from bridge.checks import INT32, check, check_at_least_one, check_layout, check_out, row_stride
 from bridge.native import dispatch as native
 from bridge.ops.library import define
 from jaxmoe import reference
@@ -26,15 +26,13 @@ Tensor = torch.Tensor
 def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None) -> None:
     check("experts", experts, ("T", "S"), INT32)
     check_layout(experts.device, experts=experts, expert_map=expert_map)
-    if experts.shape[1] < 1:
-        raise ValueError(f"experts: expected at least one element along axis 1, got int32{list(experts.shape)}")
+    check_at_least_one("experts", experts, 1)
     check_plan_sizes(num_experts, align)
     if not isinstance(max_rows, torch.SymInt):  # of which the op is told the value, when it runs
         check_max_rows(max_rows, align)
     if expert_map is not None:
         check("expert_map", expert_map, ("ids",), INT32)
-        if expert_map.shape[0] < 1:
-            raise ValueError("expert_map: expected at least one element along axis 0, got int32[0]")
+        check_at_least_one("expert_map", expert_map, 0)
     check_plan_rows(experts.shape, num_experts, align)
 
 

@@ -11,7 +11,7 @@ from bridge.ops.dispatch import plan_dispatch
 from bridge.ops.library import LIBRARY, register_batch
 from bridge.ops.routing import route, router_logits
 from bridge.ops.weighted_experts import weighted_experts
-from jaxmoe.layer import room
+from jaxmoe.layer import rows_of
 
 Tensor = torch.Tensor
 
@@ -42,7 +42,7 @@ def _fused_experts(
     expert_map: Tensor | None = None,
     max_rows: int | None = None,
 ) -> Tensor:
-    plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, room(max_rows))
+    plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
     return weighted(x, plan, weights, gate_up, down, None if expert_map is None else expert_map.shape[0])
 
 

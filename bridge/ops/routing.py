@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 import jaxmoe
 from bridge.call import call
-from bridge.checks import FLOAT32, INT32, check, check_layout, check_out, row_stride
+from bridge.checks import FLOAT32, INT32, check, check_at_least_one, check_layout, check_out, row_stride
 from bridge.native import routing as native
 from bridge.native.routing import config_of
 from bridge.ops.library import define
@@ -211,8 +211,7 @@ def _check_router_logits(x: Tensor, weight: Tensor) -> None:
     row_stride("x", x)
     check_layout(x.device, weight=weight)
     for axis in (0, 1):
-        if weight.shape[axis] < 1:
-            raise ValueError(f"weight: expected at least one element along axis {axis}, got {list(weight.shape)}")
+        check_at_least_one("weight", weight, axis)
 
 
 def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:

@@ -306,6 +306,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"hidden_states": zeros(5)}, r"hidden_states: expected bfloat16 .* \[T, H\], got float32\[5\]"),
     ({"hidden_states": ints(5, 16)}, r"hidden_states: expected bfloat16 .* \[T, H\], got int32\[5, 16\]"),
     ({"hidden_states": None}, "hidden_states: expected a torch.Tensor .* got NoneType"),
+    ({"hidden_states": zeros(81)[1:].view(5, 16)}, r"hidden_states: .* pass hidden_states.clone\(\)"),
     ({"w1": zeros(6, 16, 12)}, r"w1: expected float32 \[E, 2 \* I, 16\], got float32\[6, 16, 12\]"),
     ({"w1": zeros(6, 12, 16).half()}, r"w1: expected float32 \[E, 2 \* I, 16\], got float16\[6, 12, 16\]"),
     ({"w1": zeros(6, 12, 16).to(torch.float8_e4m3fn)}, r"w1: expected float32 .*, got float8_e4m3fn\[6, 12, 16\]"),

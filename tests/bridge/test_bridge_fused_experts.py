@@ -15,6 +15,7 @@ import torch
 import bridge
 import jaxmoe
 from bridge.ops import layer as ops
+from bridge.ops import weighted_experts as gradients
 from tests.bridge.calls import CONFIG, HERE, arguments, arrays, same, tensors
 from tests.bridge.calls import leaves as flat
 from tests.bridge.test_bridge_functions import NAMES, VIEWS, Operations, laid
@@ -238,18 +239,30 @@ def test_numpy_integers(number: Any, way: str) -> None:
     assert not torch.equal(moe(max_rows=number)[0], moe()[0])
 
 
+def test_room_beyond_all_numbers(way: str) -> None:
+    """A plan has fewer rows, and an op takes 64 bits."""
+    ids, leaves, _ = given(WHOLE)
+    for a, b in zip(bridge.plan_dispatch(ids, IDS, max_rows=2**70), bridge.plan_dispatch(ids, IDS), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(fused(Case("", max_rows=2**63 - 1), ids, *leaves), fused(WHOLE, ids, *leaves))
+
+
 def test_kernels_are_told_how_many_ids_there_are(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """And keep what a gradient needs where one is asked for alone. Only the ops have such kernels."""
     op, told = ops.weighted_experts, list[Any]()
     monkeypatch.setattr(ops, "weighted_experts", lambda *args: told.append(args[-2:]) or op(*args))
+    backward, told_back = gradients.weighted_experts_backward, list[int]()
+    noted = lambda *args: told_back.append(args[-2]) or backward(*args)
+    monkeypatch.setattr(gradients, "weighted_experts_backward", noted)
     ids, leaves, _ = given(CASES[1])
-    fused(CASES[1], ids, *leaves)
+    fused(CASES[1], ids, *leaves).sum().backward()
     with torch.no_grad():
         fused(CASES[1], ids, *leaves)
     bridge.fused_experts(leaves[0], ids, *leaves[1:])  # of three ids
     x, params, local = part_of_layer(5)
     bridge.moe(x, params, CONFIG, expert_map=local)
     assert told == ([(IDS, True), (IDS, False), (3, True), (IDS, False)] if way == "ops" else [])
+    assert told_back == ([IDS] if way == "ops" else [])
 
 
 ints, floats = functools.partial(torch.zeros, dtype=torch.int32), torch.zeros

@@ -172,6 +172,7 @@ def test_what_rows_about_as_large_as_the_cache_change(tokens: int, one_warp: boo
         (1, 32, 2048, 7168, False, 64, 6),  # 56
         (2, 8, 14336, 4096, False, 64, 6),  # 64
         (3, 8, 14336, 4096, False, 128, 5),  # 96
+        (3, 32, 7168, 2048, True, 64, 5),  # 96: gate and up are both counted
         (1, 1, 4096, 64, False, 32, 6),  # never narrower
     ],
 )
