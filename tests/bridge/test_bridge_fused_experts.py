@@ -65,8 +65,11 @@ def by_hand(
     return y
 
 
-@pytest.mark.parametrize("views", [LYING[0], LYING[-1]])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+@pytest.mark.parametrize(
+    ("case", "views"),
+    [*((case, DENSE) for case in CASES), *((case, VIEWS[-1]) for case in (CASES[1], CASES[4], CASES[8]))],
+    ids=lambda value: value.why if isinstance(value, Case) else NAMES(value) or "dense",
+)
 def test_against_plain_torch(case: Case, views: tuple[bool, bool], way: str) -> None:
     """A loop in float64: the result and every gradient, in the layout of what it is of."""
     ids, leaves, up = given(case, views)
@@ -136,8 +139,10 @@ def part_of_layer(tokens: int, few: tuple[int, ...] = HERE, views: tuple[bool, b
     return tensors(values["x"], CPU), params._replace(gate_up=gate_up, down=down), here(few)
 
 
-@pytest.mark.parametrize("views", [LYING[0], LYING[-1]])
-@pytest.mark.parametrize(("tokens", "valid", "max_rows"), [(0, None, 1), (1, None, None), (5, None, None), (5, 4, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "valid", "max_rows", "views"),
+    [(0, None, 1, DENSE), (1, None, None, DENSE), (5, None, None, DENSE), (5, 4, 8, VIEWS[-1])],
+)
 def test_layer_with_experts_elsewhere(
     tokens: int, valid: int | None, max_rows: int | None, views: tuple[bool, bool], way: str
 ) -> None:

@@ -71,9 +71,11 @@ MOST = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [True, None], ids=str)
-@pytest.mark.parametrize("most", MOST)
-@pytest.mark.parametrize("make", [behind, layer])
+@pytest.mark.parametrize(
+    ("make", "most", "dynamic"),
+    [(behind, "twice the share", True), (behind, "a number", None), (layer, "twice the share", None)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_one_graph_for_every_number_of_tokens(make: Any, most: str, dynamic: bool | None) -> None:
     """Also where the room goes with them, whether there is enough or not; gradients too."""
     run, stack = make((7, 2, 4, 8))

@@ -33,8 +33,7 @@ def whole_and_cut(function: Any, *args: Any, **changed: Any) -> list[tuple[np.nd
     return [(np.asarray(a), np.asarray(b)) for a, b in zip(whole, cut, strict=True)]
 
 
-@pytest.mark.parametrize("last_rows", [0, 8])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("transposed", "last_rows"), [(False, 8), (True, 0)])
 @pytest.mark.parametrize(("sizes", "end"), SIZES, ids=str)
 def test_grouped_matmul(sizes: tuple[int, ...], end: int, transposed: bool, last_rows: int) -> None:
     weight = normal(1, 3, *((WIDTH, DEPTH) if transposed else (DEPTH, WIDTH)))
@@ -75,8 +74,7 @@ def test_gated_grad(end: int, scaled: bool) -> None:
         assert (cut[end:] == 7).all() if i == 0 else np.isnan(cut[end:]).all()
 
 
-@pytest.mark.parametrize("clear_rows", [4, 8, 32])
-@pytest.mark.parametrize("align", [1, 4, 16])
+@pytest.mark.parametrize(("align", "clear_rows"), [(1, 4), (4, 8), (16, 4), (16, 32)])
 def test_dispatch(align: int, clear_rows: int) -> None:
     """Rows that fill groups up are cleared; nothing is written behind the last group."""
     ids = np.random.default_rng(0).integers(-2, 3, (21, 2)).astype(np.int32)
