@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests import cases
+from tests.in_ci import leave_to_ci, parameter
+
+
+def _says_little(item: pytest.Item) -> bool:
+    case = parameter(item, "case")
+    in_ci = isinstance(case, cases.Case) and case.why in cases.INTERPRETED_IN_CI
+    return in_ci and parameter(item, "implementation") == "interpret"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the interpreted cases that say little for the time they take to CI: see tests/cases.py."""
-    if "JAXMOE_EVERY_TARGET" in os.environ:
-        return
-    found: dict[bool, list[pytest.Item]] = {True: [], False: []}
-    for item in items:
-        given = getattr(item, "callspec", None)
-        case = given and given.params.get("case")
-        in_ci = isinstance(case, cases.Case) and case.why in cases.INTERPRETED_IN_CI
-        found[in_ci and given.params.get("implementation") == "interpret"].append(item)
-    config.hook.pytest_deselected(items=found[True])
-    items[:] = found[False]
+    """Leaves interpreted cases to CI: see tests/cases.py."""
+    leave_to_ci(config, items, _says_little)
 
 
 @pytest.fixture(params=["xla", "interpret"])
