@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,9 @@ from jaxmoe.shared import SharedMLP
 
 ROUTER, BIAS, SHARED = "gate.weight", "gate.e_score_correction_bias", "shared_experts"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FLOAT8, SCALES = jnp.dtype(jnp.float8_e4m3fn), "weight_scale_inv"
+# Each float8 in float32: looked up, a weight of 2048 x 7168 takes a fifth of the time of ml_dtypes' cast.
+VALUES = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 
 
 def _check_config(config: Any) -> None:
@@ -36,6 +40,55 @@ def _mlps(config: RoutingConfig, fused: bool) -> list[tuple[str, int, int, int]]
     return mlps
 
 
+def _check_block_size(block_size: Any) -> None:
+    fits = isinstance(block_size, (tuple, list)) and len(block_size) == 2
+    if not fits or any(type(size) is not int or size < 1 for size in block_size):
+        raise ValueError(f"block_size: expected two positive ints, rows and columns, got {block_size!r}")
+
+
+def _check_names(tensors: Mapping[str, Any], start: str, mlps: list[str], has_bias: bool) -> None:
+    """Raises ValueError unless the block has all tensors that it needs, and no others but scales."""
+    projections = [f"{start}{mlp}.{projection}" for mlp in mlps for projection in PROJECTIONS]
+    wanted = [start + ROUTER, *([start + BIAS] if has_bias else []), *(f"{name}.weight" for name in projections)]
+    others = {name for name in tensors if name.startswith(start)} - {*wanted, *(f"{p}.{SCALES}" for p in projections)}
+    # First: a weight that is missing may be there in another format.
+    for name in sorted(name for name in others if name.rpartition(".")[0] in projections):
+        raise ValueError(
+            f"{name}: expected no tensor of this name, only weight, and {SCALES} where that is {FLOAT8}, got one"
+        )
+    for name in wanted:
+        if name not in tensors:
+            raise ValueError(f"{name}: expected a tensor, got none")
+    for name in sorted(others):
+        raise ValueError(f"{name}: expected no tensor of this name in the block, got one")
+
+
+def _read_weight(
+    tensors: Mapping[str, Any],
+    projection: str,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[Any, ...],
+    block_size: tuple[int, int],
+    dequantised: Any,
+) -> np.ndarray:
+    """The weight of a projection, of one of `dtypes`; where it has scales, multiplied by them and in `dequantised`."""
+    name, scales_name = f"{projection}.weight", f"{projection}.{SCALES}"
+    value, has_scales = tensors[name], scales_name in tensors
+    if isinstance(value, (jax.Array, np.ndarray)) and (value.dtype == FLOAT8) != has_scales:
+        raise ValueError(
+            f"{name}: expected {FLOAT8} with a tensor {SCALES} beside it, or neither, "
+            f"got {value.dtype} {'with' if has_scales else 'without'} one"
+        )
+    check_array(name, value, shape, (FLOAT8,) if has_scales else dtypes)
+    if not has_scales:
+        return np.asarray(value)
+    (rows, columns), scales = value.shape, tensors[scales_name]
+    check_array(scales_name, scales, (-(-rows // block_size[0]), -(-columns // block_size[1])))
+    weight = VALUES[np.asarray(value).view(np.uint8)]
+    weight *= np.kron(np.asarray(scales).astype(np.float32), np.ones(block_size, np.float32))[:rows, :columns]
+    return weight.astype(dequantised)
+
+
 @overload
 def load_hf_moe(
     tensors: Mapping[str, Any],
@@ -46,6 +99,7 @@ def load_hf_moe(
     has_bias: bool = True,
     dtype: Any = None,
     bias_dtype: Any = jnp.float32,
+    block_size: tuple[int, int] = (128, 128),
 ) -> MoEParams: ...
 
 
@@ -59,6 +113,7 @@ def load_hf_moe(
     has_bias: bool = True,
     dtype: Any = None,
     bias_dtype: Any = jnp.float32,
+    block_size: tuple[int, int] = (128, 128),
 ) -> tuple[MoEParams, SharedMLP]: ...
 
 
@@ -71,6 +126,7 @@ def load_hf_moe(
     has_bias: bool = True,
     dtype: Any = None,
     bias_dtype: Any = jnp.float32,
+    block_size: tuple[int, int] = (128, 128),
 ) -> MoEParams | tuple[MoEParams, SharedMLP]:
     """The parameters of a layer from a checkpoint's tensors, named as DeepSeek-V3, GLM-4.5 and Kimi-K2 name them.
 
@@ -78,25 +134,39 @@ def load_hf_moe(
     `shared_experts.*_proj.weight` (gate, up and down), all behind `prefix` and a dot; everything there must be one of
     these. The stacks are put together in host memory.
 
+    A weight of an expert may also be quantised in blocks, as DeepSeek-V3 is published: float8_e4m3fn [rows, columns],
+    beside `*_proj.weight_scale_inv` [ceil(rows / block_size[0]), ceil(columns / block_size[1])]. It is dequantised,
+
+      weight[r, c] * weight_scale_inv[r // block_size[0], c // block_size[1]]
+
+    in float32, and rounded once; one expert at a time, so that little more memory is needed than for the stacks. Some
+    weights may be quantised and others plain. Other quantised formats are refused.
+
     Args:
       tensors: name -> array, NumPy's or JAX's, bfloat16, float16 or float32; `safetensors.numpy.load_file` gives one.
-        Quantised weights must be dequantised first.
+        That cannot read float8 (safetensors 0.8), but `safetensors.torch.load_file` can, and `jax.numpy.from_dlpack`
+        makes arrays of its tensors (torch 2.13). Scales are bfloat16, float16 or float32, too.
       prefix: where the block is, "model.layers.3.mlp" say; "" where the names begin with the block's own.
       config: how the model routes, `RoutingConfig.from_hf` of its config or one of `jaxmoe.presets`.
       fuse_shared_experts: True: the shared MLP, n_shared_experts times as wide as an expert, becomes that many experts
         behind the routed ones. False: it is returned apart, of any width; `moe` is then called with
         `dataclasses.replace(config, n_shared_experts=0)`, and its output added.
       has_bias: whether the block has a bias; DeepSeek-V2 and Qwen3-MoE have none.
-      dtype: of all but the bias; None: as they are stored, and all experts alike.
+      dtype: of all but the bias; None: as they are stored, and all experts alike; bfloat16 for experts if any
+        weight of theirs is quantised.
       bias_dtype: of the bias; None: as it is stored.
+      block_size: rows and columns of a weight that share a scale, `weight_block_size` in config.json; blocks at the
+        end may be smaller. Plain weights have none.
 
     Returns:
       `MoEParams`; with fuse_shared_experts=False (MoEParams, SharedMLP).
 
     Raises:
-      ValueError: names the tensor that is missing, superfluous, or of the wrong shape or dtype; or the argument.
+      ValueError: names the tensor that is missing, superfluous, or of the wrong shape or dtype; or the argument. So for
+        float8_e4m3fn without scales, scales beside any other dtype, and tensors of another quantised format.
 
-    Source: Hugging Face transformers, conversion_mapping.py and modeling_deepseek_v3.py.
+    Source: Hugging Face transformers, conversion_mapping.py and modeling_deepseek_v3.py; of the scales DeepSeek-V3,
+      arXiv:2412.19437, section 3.3, and its repository's README_WEIGHTS.md and inference/fp8_cast_bf16.py.
 
     Example:
       >>> import jax.numpy as jnp, jaxmoe
@@ -115,30 +185,32 @@ def load_hf_moe(
     start = _start(prefix)
     if not fuse_shared_experts and not config.n_shared_experts:
         raise ValueError("fuse_shared_experts: expected True for a config without shared experts, got False")
+    _check_block_size(block_size)
     mlps = [name for name, *_ in _mlps(config, fused=True)]
-    wanted = [ROUTER, *([BIAS] if has_bias else []), *(f"{mlp}.{p}.weight" for mlp in mlps for p in PROJECTIONS)]
-    for name in wanted:
-        if start + name not in tensors:
-            raise ValueError(f"{start}{name}: expected a tensor, got none")
-    for name in sorted({name for name in tensors if name.startswith(start)} - {start + name for name in wanted}):
-        raise ValueError(f"{name}: expected no tensor of this name in the block, got one")
+    _check_names(tensors, start, mlps, has_bias)
 
-    def read(name: str, shape: tuple[int | str, ...], dtypes: tuple[Any, ...] = FLOATS) -> np.ndarray:
+    quantised = any(f"{start}{mlp}.{projection}.{SCALES}" in tensors for mlp in mlps for projection in PROJECTIONS)
+    dequantised = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
+
+    def read(name: str, shape: tuple[int | str, ...]) -> np.ndarray:
         value = tensors[start + name]
-        check_array(start + name, value, shape, dtypes)
+        check_array(start + name, value, shape)
         return np.asarray(value)
+
+    def weight(name: str, shape: tuple[int | str, ...], dtypes: tuple[Any, ...]) -> np.ndarray:
+        return _read_weight(tensors, start + name, shape, dtypes, block_size, dequantised)
 
     router = read(ROUTER, (config.num_experts, "H"))
     hidden = router.shape[1]
-    first = read("experts.0.gate_proj.weight", ("I", hidden))
+    first = weight("experts.0.gate_proj", ("I", hidden), FLOATS)
     inner = first.shape[0]
-    stored = FLOATS if dtype is not None else (first.dtype,)
-    used = jnp.dtype(dtype or first.dtype)
+    used = first.dtype if dtype is None and not quantised else dequantised
+    stored = FLOATS if dtype is not None else (used,)
 
     def mlp(name: str, width: int | str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        gate = read(f"{name}.gate_proj.weight", (width, hidden), stored)
-        up = read(f"{name}.up_proj.weight", gate.shape, stored)
-        return gate, up, read(f"{name}.down_proj.weight", gate.shape[::-1], stored)
+        gate = weight(f"{name}.gate_proj", (width, hidden), stored)
+        up = weight(f"{name}.up_proj", gate.shape, stored)
+        return gate, up, weight(f"{name}.down_proj", gate.shape[::-1], stored)
 
     num_ids = config.num_expert_ids if fuse_shared_experts else config.num_experts
     gate_up, down = np.empty((num_ids, hidden, 2 * inner), used), np.empty((num_ids, inner, hidden), used)
@@ -159,14 +231,16 @@ def load_hf_moe(
     if fuse_shared_experts:
         return params
     gate_weight, up_weight, down_weight = mlp(SHARED, "W")
-    both = np.concatenate([gate_weight, up_weight]).T
-    return params, SharedMLP(gate_up=jnp.array(both, dtype), down=jnp.array(down_weight.T, dtype))
+    both = np.concatenate([gate_weight, up_weight], dtype=used, casting="unsafe").T  # float16 and bfloat16 may mix
+    return params, SharedMLP(gate_up=jnp.array(both), down=jnp.array(down_weight.T, used))
 
 
 def export_hf_moe(
     params: MoEParams, prefix: str, config: RoutingConfig, *, shared: SharedMLP | None = None
 ) -> dict[str, np.ndarray]:
     """The inverse of `load_hf_moe`: the tensors of a block, as `safetensors.numpy.save_file` takes them.
+
+    All are plain: what was loaded from a quantised checkpoint is written in the dtype that it has now, without scales.
 
     Args:
       params: `MoEParams`, with the shared experts behind the routed ones unless `shared` is given.

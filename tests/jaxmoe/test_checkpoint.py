@@ -135,7 +135,7 @@ def test_without_a_bias() -> None:
         ("experts.4.up_proj.weight", None, "expected a tensor, got none"),
         ("shared_experts.down_proj.weight", None, "expected a tensor, got none"),
         ("experts.5.up_proj.weight", np.zeros((3, 10)), "expected no tensor of this name"),
-        ("experts.0.up_proj.weight_scale_inv", np.zeros(1), "expected no tensor of this name"),
+        ("gate.weight_scale_inv", np.zeros(1), "expected no tensor of this name"),
         ("gate.weight", np.zeros((6, 10), np.float32), r"expected .*\[5, H\], got float32\[6, 10\]"),
         ("gate.e_score_correction_bias", np.zeros(4, np.float32), r"expected .*\[5\], got float32\[4\]"),
         ("experts.0.gate_proj.weight", np.zeros((3, 9), np.float32), r"expected .*\[I, 10\], got float32\[3, 9\]"),
