@@ -1,12 +1,13 @@
 """Triton's grouped products in JAX and, on Hopper, those by the copy engine, in turns.
 
-    python -m benchmarks.hopper_kernels [--tokens 512 1024 2048 4096] [--experts 32] [--output results.json]
+    python -m benchmarks.hopper_kernels [--tokens 512 1024 2048 4096] [--experts 32] [--spread router] [--output o.json]
 
-DeepSeek-V3's width, tokens of top 8 over experts drawn at random, bfloat16: the products of the layer's passes, but for
-the first, and both weights' gradients. "hopper" has groups that begin and end anywhere, "blocks" the same filled up to
-multiples of 64 rows, as the layer has them from some number of rows on. Times are taken as in `benchmarks.jax_layer`,
-with what is copied beforehand and, of blocks, the rows more; * marks what the layer takes, and TFLOP/s count the
-tokens' rows alone. What is wrong is not timed.
+DeepSeek-V3's width, tokens of top 8, bfloat16: the products of the layer's passes and both weights' gradients; for the
+first product, which gathers tokens, `grouped_matmul` of as many columns stands here. Experts are drawn at random, as by
+a router, or have shares of the rows as in `bench` (--spread even, uneven, zipf). "hopper" has groups that begin and end
+anywhere, "blocks" the same filled up to multiples of 64 rows, as the layer has them from some number of rows on. Times
+are taken as in `benchmarks.jax_layer`, with what is copied beforehand and, of blocks, the rows more; * marks what the
+layer takes, and TFLOP/s count the tokens' rows alone. What is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmoe
+from benchmarks import matmuls
 from benchmarks.jax_layer import in_turns
 from benchmarks.layer_shapes import EXPERTS, INNER, TOP_K, WIDTH
 from jaxmoe.grouped_matmul import alignment
@@ -45,11 +47,13 @@ class Work:
     right: int
     gradient: bool = False
     transposed: bool = False  # each weight lies as [right, left]
+    in_layer: bool = True
 
 
 def works() -> list[Work]:
-    """What the layer does, but for its first product."""
+    """What the layer does; the first product as the public function, without the activation."""
     return [
+        Work("gate and up", WIDTH, 2 * INNER, in_layer=False),
         Work("down", INNER, WIDTH),
         Work("gradient of hidden rows", WIDTH, INNER, transposed=True),
         Work("gradient of rows", 2 * INNER, WIDTH, transposed=True),
@@ -58,9 +62,13 @@ def works() -> list[Work]:
     ]
 
 
-def plan_of(tokens: int, experts: int, align: int) -> jaxmoe.DispatchPlan:
-    """Where rows of tokens go whose experts are drawn at random."""
-    ids = np.argsort(np.random.default_rng(0).random((tokens, experts)), axis=1)[:, :TOP_K]
+def plan_of(tokens: int, experts: int, align: int, spread: str) -> jaxmoe.DispatchPlan:
+    """Where rows of tokens go, whose experts are drawn at random or have shares of the rows as `bench` spreads them."""
+    if spread == "router":
+        ids = np.argsort(np.random.default_rng(0).random((tokens, experts)), axis=1)[:, :TOP_K]
+    else:
+        sizes = matmuls.shares(spread, tokens * TOP_K, experts).cpu().numpy()
+        ids = np.repeat(np.arange(experts), sizes).reshape(tokens, TOP_K)
     return jaxmoe.plan_dispatch(jnp.asarray(ids, jnp.int32), experts, align=align, implementation="xla")
 
 
@@ -81,9 +89,9 @@ def _operands(work: Work, plan: jaxmoe.DispatchPlan, tokens: int, experts: int) 
 Way = tuple[Callable[..., jax.Array], jaxmoe.DispatchPlan]
 
 
-def ways(work: Work, tokens: int, experts: int) -> dict[str, Way]:
+def ways(work: Work, tokens: int, experts: int, spread: str = "router") -> dict[str, Way]:
     """Each way to do it on this GPU, and the plan of its rows."""
-    plain, blocks = plan_of(tokens, experts, 1), plan_of(tokens, experts, hopper.BLOCK)
+    plain, blocks = (plan_of(tokens, experts, align, spread) for align in (1, hopper.BLOCK))
     triton = grouped_outer if work.gradient else functools.partial(grouped_matmul, transposed=work.transposed)
     programs = hopper.multiprocessors()
     if not programs:
@@ -110,7 +118,7 @@ def ways(work: Work, tokens: int, experts: int) -> dict[str, Way]:
         found["hopper, blocks"] = functools.partial(grouped_matmul_hopper.grouped_matmul, **options), blocks
         if align > 1 and grouped_matmul_hopper.config_for(rows, experts, work.left, work.right, jnp.bfloat16):
             takes = "hopper, blocks"
-    marked = lambda name: f"{name} *" if name == takes else name
+    marked = lambda name: f"{name} *" if work.in_layer and name == takes else name
     return {marked(name): (jax.jit(run), plan) for name, (run, plan) in found.items()}
 
 
@@ -139,11 +147,11 @@ def wrong(work: Work, run: Callable[..., jax.Array], args: tuple[jax.Array, ...]
     return worst
 
 
-def measure(work: Work, tokens: int, experts: int) -> dict[str, Any]:
+def measure(work: Work, tokens: int, experts: int, spread: str = "router") -> dict[str, Any]:
     """Microseconds of each way, and how far it is off."""
     errors: dict[str, float] = {}
     good: dict[str, Callable[[], jax.Array]] = {}
-    for name, (run, plan) in ways(work, tokens, experts).items():
+    for name, (run, plan) in ways(work, tokens, experts, spread).items():
         args = _operands(work, plan, tokens, experts)
         errors[name] = wrong(work, run, args)
         if errors[name] < LIMIT:
@@ -157,15 +165,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--experts", type=int, default=EXPERTS)
+    parser.add_argument("--spread", choices=["router", "even", "uneven", "zipf"], default="router")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     if arguments.experts < TOP_K:
         parser.error(f"--experts: expected {TOP_K} or more, got {arguments.experts}")
     device = jax.devices()[0].device_kind
-    results: dict[str, Any] = {"device": device, "jax": jax.__version__, "experts": arguments.experts, "rows": []}
-    print(f"{device}, jax {jax.__version__}, {arguments.experts} experts")
+    results: dict[str, Any] = {"device": device, "jax": jax.__version__, "experts": arguments.experts}
+    results |= {"spread": arguments.spread, "rows": []}
+    print(f"{device}, jax {jax.__version__}, {arguments.experts} experts, {arguments.spread}")
     for tokens, work in itertools.product(arguments.tokens, works()):
-        row = measure(work, tokens, arguments.experts)
+        row = measure(work, tokens, arguments.experts, arguments.spread)
         results["rows"].append({"tokens": tokens, "work": work.name, "left": work.left, "right": work.right} | row)
         for name, found in row.items():
             flops = 2 * tokens * TOP_K * work.left * work.right

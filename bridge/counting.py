@@ -72,8 +72,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     ),
     "combine": lambda x, rows, slots, weights: jaxmoe.combine(x, jaxmoe.DispatchPlan(rows, slots, slots), weights),
     "weighted_experts": lambda *args: (layer.weighted_fwd if args[-1] else layer.weighted_experts)(
-        (None, LEFT), *args[:-2]
+        (None, args[-2], LEFT), *args[:-3], None
     ),
+    "weighted_experts_out": lambda *args: layer.weighted_experts((None, args[-2], LEFT), *args[:-3], args[-1]),
 }
 # Whose a kernel is, where an op does not have a function's name.
 _OWNERS = {

@@ -11,6 +11,7 @@ from bridge import path
 from bridge.call import call
 from bridge.checks import INT32, check, check_no_gradient, most_rows
 from bridge.ops import dispatch as ops
+from bridge.ops import plan_dispatch as plan_ops
 from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
 
@@ -70,7 +71,7 @@ def plan_dispatch(
         max_rows = most_rows(max_rows, align)
         if expert_map is not None:
             check("expert_map", expert_map, ("ids",), INT32)
-        return DispatchPlan(*ops.plan_dispatch(experts, num_experts, align, expert_map, max_rows))
+        return DispatchPlan(*plan_ops.plan_dispatch(experts, num_experts, align, expert_map, max_rows))
     options = {"num_experts": num_experts, "align": align, "max_rows": max_rows, "implementation": implementation}
     return DispatchPlan(*call(jaxmoe.plan_dispatch, {"experts": experts, "expert_map": expert_map}, options))
 

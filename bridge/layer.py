@@ -11,10 +11,10 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_at_least_one, most_rows
+from bridge.checks import INT32, check, check_at_least_one, check_no_gradient, most_rows
 from bridge.ops import layer as ops
-from bridge.ops.experts import as_they_lie, check_weight
-from bridge.routing import Routing, check_count, count, without_gradient
+from bridge.ops.experts import as_they_lie, check_activation, check_weight
+from bridge.routing import Routing, check_count, count, route, router_logits, without_gradient
 from bridge.views import is_view
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
@@ -46,6 +46,8 @@ def fused_experts(
     *,
     expert_map: torch.Tensor | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
+    out: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
     """What lies behind routing, with one derivative: `jaxmoe.fused_experts` on tensors.
@@ -63,6 +65,8 @@ def fused_experts(
       max_rows: for how many (token, slot) pairs of experts that are here there is room in what lies between, rounded up
         to a multiple of eight (through JAX maybe more). Pairs that do not fit are dropped, those of the last experts
         first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
+      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
+      out: [T, H] of x's dtype to write into; the same tensor is returned. On the CPU that is a copy.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
@@ -70,7 +74,7 @@ def fused_experts(
       gate_up and down.
 
     Raises:
-      ValueError: names the argument, what was expected and what came.
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
 
     Source: vLLM's fused_experts; `jaxmoe.fused_experts`.
 
@@ -84,16 +88,22 @@ def fused_experts(
     """
     max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
-        _check_experts(x, experts, weights, gate_up, down, expert_map)
-        return path.at_once(ops.fused_experts, x, experts, weights, gate_up, down, expert_map, max_rows)
+        _check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
+        given = x, experts, weights, gate_up, down, expert_map, max_rows, activation
+        if out is None:
+            return path.at_once(ops.fused_experts, *given)
+        check_no_gradient(x=x, weights=weights, gate_up=gate_up, down=down)  # here, where torch.compile sees it
+        path.at_once(ops.fused_experts_out, *given, out)
+        return out
     arguments = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
-    options: dict[str, Any] = {"max_rows": max_rows, "implementation": implementation}
+    options: dict[str, Any] = {"max_rows": max_rows, "activation": activation, "implementation": implementation}
     function: Callable[..., Any] = jaxmoe.fused_experts
     if is_view(gate_up) or is_view(down):
-        _check_experts(x, experts, weights, gate_up, down, expert_map)  # in the words of the function not called
+        # In the words of the function that is not called.
+        _check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
         arguments["gate_up"], arguments["down"], options["transposed"] = _as_they_lie(gate_up, down, "")
         function = _fused_of_views
-    return call(function, {**arguments, "expert_map": expert_map}, options)
+    return call(function, {**arguments, "expert_map": expert_map}, options, out=out)
 
 
 def _as_they_lie(gate_up: Any, down: Any, prefix: str) -> tuple[Any, Any, tuple[bool, bool]]:
@@ -114,14 +124,16 @@ def _fused_of_views(
     *,
     transposed: tuple[bool, bool],
     max_rows: int | None,
+    activation: str,
     implementation: str | None,
+    out: Any = None,
 ) -> Any:
     """`jaxmoe.fused_experts` in its parts, of which `experts` takes weights that lie transposed."""
     how: dict[str, Any] = {"implementation": implementation}
     plan = jaxmoe.plan_dispatch(experts, gate_up.shape[0], expert_map=expert_map, max_rows=rows_of(max_rows), **how)
     rows = jaxmoe.dispatch(x, plan, **how)
-    rows = jaxmoe.experts(rows, gate_up, down, plan.group_sizes, transposed=transposed, **how)
-    return jaxmoe.combine(rows, plan, weights, **how)
+    rows = jaxmoe.experts(rows, gate_up, down, plan.group_sizes, activation=activation, transposed=transposed, **how)
+    return jaxmoe.combine(rows, plan, weights, out=out, **how)
 
 
 def moe(
@@ -132,6 +144,8 @@ def moe(
     num_valid_tokens: int | torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
+    out: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """A Mixture-of-Experts layer: `jaxmoe.moe` on tensors.
@@ -145,13 +159,15 @@ def moe(
       num_valid_tokens: tokens at or past this index come out as zeros. An int, or an int32 tensor without axes.
       expert_map: int32 [num_expert_ids], id -> local expert, -1 for one that is not here.
       max_rows: as for `fused_experts`, with which to compare sums of routing.load.
+      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
+      out: [T, H] of x's dtype to write y into; y is the same tensor then. On the CPU that is a copy.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
       (y [T, H] in x's dtype, Routing). Differentiable in x and in every parameter but the bias.
 
     Raises:
-      ValueError: names the argument, what was expected and what came.
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2; `jaxmoe.moe`.
 
@@ -167,17 +183,31 @@ def moe(
         raise ValueError(f"params: expected MoEParams, got {type(params).__name__}")
     max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
-        return _moe(x, params, config, num_valid_tokens, expert_map, max_rows)
+        return _moe(x, params, config, num_valid_tokens, expert_map, max_rows, activation, out)
+    if out is not None:  # `call` writes to all that a function returns, or to nothing
+        _check(x, params, config, expert_map, activation, None)
+        how: dict[str, Any] = {"implementation": implementation}
+        _check_no_gradient(x, params)
+        logits = router_logits(x, params.router, **how)
+        chosen = route(logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, **how)
+        of_experts = chosen.experts, chosen.weights, params.gate_up, params.down
+        how |= {"expert_map": expert_map, "max_rows": max_rows, "activation": activation, "out": out}
+        return fused_experts(x, *of_experts, **how), chosen
     arguments = {
         "x": x,
         "params": jaxmoe.MoEParams(**params._asdict()),
         "num_valid_tokens": count(num_valid_tokens, "x", x),
         "expert_map": expert_map,
     }
-    options: dict[str, Any] = {"config": config, "max_rows": max_rows, "implementation": implementation}
+    options: dict[str, Any] = {
+        "config": config,
+        "max_rows": max_rows,
+        "activation": activation,
+        "implementation": implementation,
+    }
     function: Callable[..., Any] = jaxmoe.moe
     if is_view(params.gate_up) or is_view(params.down):
-        _check(x, params, config, expert_map)  # in the words of jaxmoe.moe, which is not called
+        _check(x, params, config, expert_map, activation, None)  # in the words of jaxmoe.moe, which is not called
         gate_up, down, options["transposed"] = _as_they_lie(params.gate_up, params.down, "params.")
         arguments["params"] = dataclasses.replace(arguments["params"], gate_up=gate_up, down=down)
         function = _of_views
@@ -203,13 +233,22 @@ def _of_views(
     return _fused_of_views(x, *of_experts, implementation=implementation, **options), routing
 
 
-def _check_experts(x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, expert_map: Any) -> None:
+def _check_experts(
+    x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, expert_map: Any, activation: Any, out: Any
+) -> None:
     check("x", x, ("T", "H"))
     check("experts", experts, (x.shape[0], "S"), INT32)
     check("weights", weights, experts.shape)
     _check_weights(x, gate_up, down, "E", "")
     if expert_map is not None:
         check("expert_map", expert_map, ("ids",), INT32)
+    _check_choices(x, activation, out)
+
+
+def _check_choices(x: Any, activation: Any, out: Any) -> None:
+    check_activation(activation)
+    if out is not None:
+        check("out", out, tuple(x.shape), (x.dtype,))
 
 
 def _check_weights(x: Any, gate_up: Any, down: Any, num_here: int | str, prefix: str) -> None:
@@ -220,7 +259,7 @@ def _check_weights(x: Any, gate_up: Any, down: Any, num_here: int | str, prefix:
     check(f"{prefix}down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
 
 
-def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any) -> None:
+def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any, activation: Any, out: Any) -> None:
     if not isinstance(config, RoutingConfig):
         raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
     experts = config.num_experts
@@ -233,15 +272,31 @@ def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any) -> 
         check("expert_map", expert_map, (here,), INT32)
         here = "experts here"
     _check_weights(x, params.gate_up, params.down, here, "params.")
+    _check_choices(x, activation, out)
+
+
+def _check_no_gradient(x: torch.Tensor, params: MoEParams) -> None:
+    asked = {f"params.{name}": value for name, value in params._asdict().items() if name != "bias"}
+    check_no_gradient(x=x, **asked)
 
 
 def _moe(
-    x: torch.Tensor, params: MoEParams, config: Any, num_valid_tokens: Any, expert_map: Any, max_rows: int | None
+    x: torch.Tensor,
+    params: MoEParams,
+    config: Any,
+    num_valid_tokens: Any,
+    expert_map: Any,
+    max_rows: int | None,
+    activation: str,
+    out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Routing]:
     """`moe` through the ops."""
-    _check(x, params, config, expert_map)
+    _check(x, params, config, expert_map, activation, out)
     valid, number = check_count(num_valid_tokens, "x", x)
-    bias = without_gradient(params.bias)
-    arguments = x, params.router, bias, params.gate_up, params.down, valid, number, config.json, expert_map, max_rows
-    y, *routing = path.at_once(ops.moe, *arguments)
-    return y, Routing(*routing)
+    weights = params.router, without_gradient(params.bias), params.gate_up, params.down
+    given = x, *weights, valid, number, config.json, expert_map, max_rows, activation
+    if out is None:
+        y, *routing = path.at_once(ops.moe, *given)
+        return y, Routing(*routing)
+    _check_no_gradient(x, params)  # here, where torch.compile sees it
+    return out, Routing(*path.at_once(ops.moe_out, *given, out))

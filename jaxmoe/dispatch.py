@@ -59,12 +59,20 @@ def _plan(
 _plan_jit = compiled(_plan)
 
 
+def _check_size(name: str, value: Any, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name}: expected an int from 1 to {most}, got {value!r}")
+
+
+def check_align(align: Any) -> None:
+    """Raises ValueError unless groups may be of multiples of this."""
+    _check_size("align", align, 2**20)
+
+
 def check_plan_sizes(num_experts: Any, align: Any) -> None:
     """Raises ValueError unless a plan can be made for so many experts with this alignment."""
-    most = MAX_EXPERTS * 2  # routed and shared
-    for name, value, limit in (("num_experts", num_experts, most), ("align", align, 2**20)):
-        if type(value) is not int or not 1 <= value <= limit:
-            raise ValueError(f"{name}: expected an int from 1 to {limit}, got {value!r}")
+    _check_size("num_experts", num_experts, MAX_EXPERTS * 2)  # routed and shared
+    check_align(align)
 
 
 def check_max_rows(max_rows: Any, align: int) -> None:

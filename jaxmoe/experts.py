@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmoe import arguments, reference
 from jaxmoe.arguments import check_array
+from jaxmoe.config import as_int
+from jaxmoe.dispatch import check_align
 from jaxmoe.grouped_matmul import ANY, Groups, no_gradient, outer, product
 from jaxmoe.implementation import check_implementation, compiled, run
 from kernels_pallas.activation import ACTIVATIONS
@@ -93,41 +95,50 @@ def gated_grad(
     return run(implementation, kernels, plain, kept, grad, scale, end)
 
 
-Both = tuple[str | None, str, bool, bool]  # implementation, activation, whether gate_up and down are transposed
+# Implementation, activation, whether gate_up and down are transposed, what is known of the groups.
+Both = tuple[str | None, str, bool, bool, Groups]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(static: Both, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    (hidden,) = gated(static[:3], rows, gate_up, group_sizes, keep=False)
-    return product(static[0], hidden, down, group_sizes, transposed=static[3])
+    implementation, activation, first, second, groups = static
+    (hidden,) = gated((implementation, activation, first), rows, gate_up, group_sizes, keep=False, groups=groups)
+    return product(implementation, hidden, down, group_sizes, transposed=second, groups=groups)
 
 
 def _experts_fwd(
     static: Both, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
 ) -> tuple[jax.Array, Any]:
+    implementation, activation, first, second, groups = static
     # Of what lies between the two products, gate and up are kept, written by the same kernel: computing them again
     # would make the backward pass a third longer. The hidden rows follow from them without a product.
-    hidden, kept = gated(static[:3], rows, gate_up, group_sizes, keep=True)
+    hidden, kept = gated((implementation, activation, first), rows, gate_up, group_sizes, keep=True, groups=groups)
     kept = checkpoint_name(kept, "moe_gate_up")
-    out = product(static[0], hidden, down, group_sizes, transposed=static[3])
+    out = product(implementation, hidden, down, group_sizes, transposed=second, groups=groups)
     return out, (rows, gate_up, down, group_sizes, kept)
 
 
 def _experts_bwd(static: Both, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
-    implementation, _, first, second = static
+    implementation, _, first, second, groups = static
     rows, gate_up, down, group_sizes, kept = saved
-    dhidden = product(implementation, grad, down, group_sizes, transposed=not second)
+    dhidden = product(implementation, grad, down, group_sizes, transposed=not second, groups=groups)
     dkept, hidden = gated_grad(static[:3], kept, dhidden)
     return (
-        product(implementation, dkept, gate_up, group_sizes, transposed=not first),
-        outer(implementation, rows, dkept, group_sizes, transposed=first),
-        outer(implementation, hidden, grad, group_sizes, transposed=second),
+        product(implementation, dkept, gate_up, group_sizes, transposed=not first, groups=groups),
+        outer(implementation, rows, dkept, group_sizes, transposed=first, groups=groups),
+        outer(implementation, hidden, grad, group_sizes, transposed=second, groups=groups),
         no_gradient(group_sizes),
     )
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
 _experts_jit = compiled(_experts)
+
+
+def check_activation(activation: Any) -> None:
+    """Raises ValueError for a name that is not known."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
 
 
 def experts(
@@ -138,6 +149,7 @@ def experts(
     *,
     activation: str = "silu",
     transposed: bool | tuple[bool, bool] = False,
+    align: int = 1,
     implementation: str | None = None,
 ) -> jax.Array:
     """Applies each expert to its group of rows: (activation(gate) * up) @ down with gate, up = split(rows @ gate_up).
@@ -153,6 +165,7 @@ def experts(
       activation: "silu", "gelu" (exact) or "gelu_tanh", taken in float32.
       transposed: whether the weights lie as Hugging Face transformers has them; a pair where gate_up and down differ.
         They are read as they lie.
+      align: what group_sizes are multiples of, as for `grouped_matmul`.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
@@ -186,9 +199,10 @@ def experts(
     inner = arguments.half("gate_up", gate_up.shape[axis[1]], axis[0])
     check_array("down", down, (num_experts, width, inner) if second else (num_experts, inner, width), (rows.dtype,))
     check_array("group_sizes", group_sizes, (num_experts,), (jnp.int32,))
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
+    align = as_int(align)
+    check_align(align)
     check_implementation(implementation, rows, gate_up, down, group_sizes)
     arguments.check_one_device(rows=rows, gate_up=gate_up, down=down, group_sizes=group_sizes)
-    static = (implementation, activation, first, second)
+    static = (implementation, activation, first, second, Groups(align))
     return _experts_jit(static, rows, gate_up, down, group_sizes)

@@ -14,7 +14,7 @@ from jaxmoe import arguments
 from jaxmoe.arguments import check_array
 from jaxmoe.config import MAX_EXPERTS, RoutingConfig, as_int
 from jaxmoe.dispatch import check_max_rows, gather, move, plan_dispatch
-from jaxmoe.experts import gated, gated_grad
+from jaxmoe.experts import check_activation, gated, gated_grad
 from jaxmoe.grouped_matmul import Groups, alignment, no_gradient, outer, product
 from jaxmoe.implementation import check_implementation, check_not_sharded, compiled
 from jaxmoe.routing import Routing, route, router_logits
@@ -39,13 +39,23 @@ class MoEParams:
     down: jax.Array
 
 
-Static = tuple[str | None, Groups]  # implementation, what is known of the plan
+Static = tuple[str | None, str, Groups]  # implementation, activation, what is known of the plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(static: Static, *args: jax.Array) -> jax.Array:
-    """dispatch, experts, combine: y [T, H] of x, the plan's rows, slots and group_sizes, weights, gate_up, down."""
-    return _weighted_pass(static, *args, keep=False)[0]
+def _weighted(
+    static: Static,
+    x: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    group_sizes: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    out: Any,
+) -> jax.Array:
+    """dispatch, experts, combine: y [T, H]."""
+    return _weighted_pass(static, x, rows, slots, group_sizes, weights, gate_up, down, out, keep=False)[0]
 
 
 def _weighted_pass(
@@ -57,20 +67,21 @@ def _weighted_pass(
     weights: jax.Array,
     gate_up: jax.Array,
     down: jax.Array,
+    out: Any,
     *,
     keep: bool,
 ) -> tuple[jax.Array, ...]:
-    implementation, groups = static
+    implementation, activation, groups = static
     plan = rows, slots
-    hidden, *kept = gated((implementation, "silu", False), x, gate_up, group_sizes, plan, keep=keep, groups=groups)
-    out = product(implementation, hidden, down, group_sizes, transposed=False, groups=groups)
-    return gather(implementation, out, rows, weights, None, x.dtype), *kept
+    hidden, *kept = gated((implementation, activation, False), x, gate_up, group_sizes, plan, keep=keep, groups=groups)
+    each = product(implementation, hidden, down, group_sizes, transposed=False, groups=groups)
+    return gather(implementation, each, rows, weights, out, x.dtype), *kept
 
 
-def weighted_fwd(static: Static, *args: jax.Array) -> tuple[jax.Array, Any]:
-    """`_weighted` and what its derivative needs: gate and up of every row, then the arguments."""
+def weighted_fwd(static: Static, *args: Any) -> tuple[jax.Array, Any]:
+    """`_weighted` and what its derivative needs: gate and up of every row, then the arguments but for `out`."""
     y, kept = _weighted_pass(static, *args, keep=True)
-    return y, (checkpoint_name(kept, "moe_gate_up"), *args)
+    return y, (checkpoint_name(kept, "moe_gate_up"), *args[:-1])
 
 
 def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
@@ -82,7 +93,7 @@ def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]
     A weight's gradient, its row of the experts' result . grad, is hidden . (grad @ down.T) too, so that result is not
     needed; and the rows that went in, which the forward pass only gathered, are dispatched now.
     """
-    implementation, groups = static
+    implementation, activation, groups = static
     kept, x, rows, slots, group_sizes, weights, gate_up, down = saved
     # Or XLA, where it dispatches itself, would see that it did so before, and keep them until now.
     x, grad = jax.lax.optimization_barrier((x, grad))
@@ -92,7 +103,7 @@ def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]
     end = jnp.sum(group_sizes, keepdims=True, dtype=jnp.int32)
     dout = move(implementation, grad, rows, slots, None, None, grad.dtype, end)
     dhidden = product(implementation, dout, down, group_sizes, transposed=True, groups=groups)
-    dkept, hidden, dots = gated_grad((implementation, "silu", False), kept, dhidden, scale, end)
+    dkept, hidden, dots = gated_grad((implementation, activation, False), kept, dhidden, scale, end)
     ddown = outer(implementation, hidden, dout, group_sizes, transposed=False, groups=groups)
     held = move(implementation, x, rows, slots, None, None, x.dtype, end)
     dgate_up = outer(implementation, held, dkept, group_sizes, transposed=False, groups=groups)
@@ -101,11 +112,11 @@ def weighted_bwd(static: Static, saved: Any, grad: jax.Array) -> tuple[Any, ...]
     dweights = jnp.zeros_like(weights)
     if 0 not in dots.shape:
         dweights = jnp.where(rows >= 0, dots[jnp.maximum(rows, 0)], 0.0).astype(weights.dtype)
-    return dx, *map(no_gradient, (rows, slots, group_sizes)), dweights, dgate_up, ddown
+    return dx, *map(no_gradient, (rows, slots, group_sizes)), dweights, dgate_up, ddown, None
 
 
 _weighted.defvjp(weighted_fwd, weighted_bwd)
-weighted_experts = compiled(_weighted)
+weighted_experts = compiled(_weighted, out=8)
 
 
 def check_number_of_experts(name: str, number: int) -> None:
@@ -134,6 +145,8 @@ def fused_experts(
     *,
     expert_map: jax.Array | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
+    out: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """What lies behind routing, as one function with one derivative: plan_dispatch, dispatch, experts, combine.
@@ -153,6 +166,8 @@ def fused_experts(
       max_rows: for how many (token, slot) pairs of experts that are here there is room in what lies between, rounded up
         to a multiple of eight; some devices have room for more. Pairs that do not fit are dropped, those of the last
         experts first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
+      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
+      out: [T, H] of x's dtype to write into: donated, and deleted as JAX does with what is donated.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
@@ -160,7 +175,7 @@ def fused_experts(
       weights, gate_up and down; kept for it is [rows, 2 * I] (see `moe`).
 
     Raises:
-      ValueError: names the argument, what was expected and what came.
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
 
     Source: vLLM's fused_experts; DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
 
@@ -184,8 +199,12 @@ def fused_experts(
         check_array("expert_map", expert_map, ("ids",), (jnp.int32,))
     max_rows = as_int(max_rows)
     check_max_rows(max_rows, 1)
+    check_activation(activation)
+    if out is not None:
+        check_array("out", out, x.shape, (x.dtype,))
+        arguments.check_out(out, [x, experts, weights, gate_up, down, expert_map])
     check_implementation(implementation, x, experts, weights, gate_up, down)
-    arguments.check_one_device(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down)
+    arguments.check_one_device(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, out=out)
     check_not_sharded(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, expert_map=expert_map)
 
     num_here, max_rows = gate_up.shape[0], rows_of(max_rows)
@@ -204,8 +223,8 @@ def fused_experts(
         implementation=implementation,
     )
     # Who looks for NaN would find it in gate and up, which are kept for the backward pass, where nobody wrote them.
-    static = implementation, Groups(align, filled(expected), clear=bool(jax.config.jax_debug_nans))  # type: ignore[attr-defined]
-    return weighted_experts(static, x, *plan, weights, gate_up, down)
+    groups = Groups(align, filled(expected), clear=bool(jax.config.jax_debug_nans))  # type: ignore[attr-defined]
+    return weighted_experts((implementation, activation, groups), x, *plan, weights, gate_up, down, out)
 
 
 def moe(
@@ -216,6 +235,8 @@ def moe(
     num_valid_tokens: int | jax.Array | None = None,
     expert_map: jax.Array | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
+    out: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Routing]:
     """A Mixture-of-Experts layer: router_logits, route and `fused_experts`.
@@ -240,13 +261,15 @@ def moe(
         gradient, through 0 * NaN: clear the padding where you train.)
       expert_map: int32 [num_expert_ids], id -> local expert, -1 for one that is not here.
       max_rows: as for `fused_experts`, with which to compare sums of routing.load.
+      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
+      out: [T, H] of x's dtype to write y into: donated, and deleted as JAX does with what is donated.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
       (y [T, H] in x's dtype, Routing). Differentiable in x and in every parameter but the bias.
 
     Raises:
-      ValueError: names the argument, what was expected and what came.
+      ValueError: names the argument, what was expected and what came. Nothing has been written then.
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
 
@@ -276,7 +299,11 @@ def moe(
     check_number_of_experts("params.gate_up", params.gate_up.shape[0])
     inner = arguments.half("params.gate_up", params.gate_up.shape[2])
     check_array("params.down", params.down, (params.gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
-    arguments.check_one_device(x=x, params=params)
+    check_activation(activation)
+    if out is not None:
+        check_array("out", out, x.shape, (x.dtype,))
+        arguments.check_out(out, [x, params, num_valid_tokens, expert_map])
+    arguments.check_one_device(x=x, params=params, out=out)
     check_not_sharded(x=x, params=params)
 
     logits = checkpoint_name(router_logits(x, params.router, implementation=implementation), "moe_logits")
@@ -291,6 +318,8 @@ def moe(
         params.down,
         expert_map=expert_map,
         max_rows=max_rows,
+        activation=activation,
+        out=out,
         implementation=implementation,
     )
     return y, routing

@@ -17,6 +17,7 @@ except ImportError as error:
 from jaxmoe import arguments, layer, routing
 from jaxmoe.arguments import check_array, check_dtype
 from jaxmoe.config import RoutingConfig
+from jaxmoe.experts import check_activation
 from jaxmoe.implementation import check_implementation
 from jaxmoe.layer import MoEParams
 from jaxmoe.routing import Routing
@@ -53,11 +54,12 @@ def _own(array: Any) -> jax.Array:
 
 
 class GatedMLP(nnx.Module):
-    """A gated MLP, (silu(gate) * up) @ down: shared experts that are kept apart.
+    """A gated MLP, (activation(gate) * up) @ down: shared experts that are kept apart.
 
     Args:
       hidden_size: H.
       width: W.
+      activation: as for `jaxmoe.experts`: "silu", "gelu" (exact) or "gelu_tanh".
       gate_up_init: called with (key, shape, dtype), as Flax's initialisers are; `nnx.with_partitioning` works.
       down_init: the same.
       param_dtype: of the parameters.
@@ -73,17 +75,21 @@ class GatedMLP(nnx.Module):
         hidden_size: int,
         width: int,
         *,
+        activation: str = "silu",
         gate_up_init: Initializer = _kernel_init,
         down_init: Initializer = _kernel_init,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        check_activation(activation)
+        self.activation = activation
         self.gate_up = nnx.Param(gate_up_init(rngs.params(), (hidden_size, 2 * width), param_dtype))
         self.down = nnx.Param(down_init(rngs.params(), (width, hidden_size), param_dtype))
 
     def params(self, dtype: Any = None) -> SharedMLP:
         """The parameters, cast to `dtype`; None: as they are."""
-        return SharedMLP(gate_up=jnp.asarray(self.gate_up[...], dtype), down=jnp.asarray(self.down[...], dtype))
+        gate_up, down = jnp.asarray(self.gate_up[...], dtype), jnp.asarray(self.down[...], dtype)
+        return SharedMLP(gate_up=gate_up, down=down, activation=self.activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, H] in x's dtype."""
@@ -111,6 +117,7 @@ class MoE(nnx.Module):
       intermediate_size: I, of one expert.
       shared_intermediate_size: W, of a gated MLP apart that is added to the output; for a config without shared
         experts. None: there is none.
+      activation: as for `jaxmoe.experts`: "silu", "gelu" (exact) or "gelu_tanh"; of the MLP apart, too.
       router_init: called with (key, [E, H], dtype), as Flax's initialisers are; `nnx.with_partitioning` works.
       gate_up_init: the same, with [E + n_shared_experts, H, 2 * I].
       down_init: the same, with [E + n_shared_experts, I, H]. For the MLP apart, set `shared` to a `GatedMLP`.
@@ -155,6 +162,7 @@ class MoE(nnx.Module):
         intermediate_size: int,
         *,
         shared_intermediate_size: int | None = None,
+        activation: str = "silu",
         router_init: Initializer = _router_init,
         gate_up_init: Initializer = _experts_init,
         down_init: Initializer = _experts_init,
@@ -173,6 +181,7 @@ class MoE(nnx.Module):
         check_dtype("param_dtype", param_dtype)
         if param_dtype is None:
             raise ValueError("param_dtype: expected bfloat16, float16 or float32, got None")
+        check_activation(activation)
         check_implementation(implementation)
         if config.shared_expert_replicas != 1:  # each would be trained on its own
             raise ValueError(f"config.shared_expert_replicas: expected 1, got {config.shared_expert_replicas}")
@@ -184,14 +193,16 @@ class MoE(nnx.Module):
                 fused = f"None next to n_shared_experts={config.n_shared_experts} in the stack"
                 raise ValueError(f"shared_intermediate_size: expected {fused}, got {shared_intermediate_size}")
         self.config, self.track_load, self.dtype, self.implementation = config, track_load, dtype, implementation
+        self.activation = activation
         ids = config.num_expert_ids
         draw = lambda init, *shape: nnx.Param(init(rngs.params(), shape, param_dtype))
         self.router = draw(router_init, config.num_experts, hidden_size)
         self.gate_up = draw(gate_up_init, ids, hidden_size, 2 * intermediate_size)
         self.down = draw(down_init, ids, intermediate_size, hidden_size)
         self.bias = BalancingBias(jnp.zeros(config.num_experts, jnp.float32)) if use_bias else None
+        apart = {"activation": activation, "param_dtype": param_dtype, "rngs": rngs}
         width = shared_intermediate_size
-        self.shared = None if width is None else GatedMLP(hidden_size, width, param_dtype=param_dtype, rngs=rngs)
+        self.shared = None if width is None else GatedMLP(hidden_size, width, **apart)
         self.load = Load(jnp.zeros(ids, jnp.int32))
 
     @classmethod
@@ -201,6 +212,7 @@ class MoE(nnx.Module):
         config: RoutingConfig,
         *,
         shared: SharedMLP | None = None,
+        activation: str = "silu",
         track_load: bool = True,
         dtype: Any = None,
         implementation: str | None = None,
@@ -211,6 +223,7 @@ class MoE(nnx.Module):
           params: `MoEParams`, bfloat16, float16 or float32; NumPy arrays are copied.
           config: how to route; without shared experts where `shared` is given.
           shared: the shared experts, where they are kept apart; the same.
+          activation: as for the constructor; that of `shared`, if there is one.
           track_load: as for the constructor, like dtype and implementation.
           dtype: the same.
           implementation: the same.
@@ -228,6 +241,8 @@ class MoE(nnx.Module):
                 raise ValueError(f"shared: expected None or a SharedMLP, got {type(shared).__name__}")
             check_array("shared.down", shared.down, ("W", hidden))
             width = shared.down.shape[0]
+            if shared.activation != activation:
+                raise ValueError(f"shared.activation: expected activation={activation!r}, got {shared.activation!r}")
 
         def make() -> MoE:
             return cls(
@@ -235,6 +250,7 @@ class MoE(nnx.Module):
                 hidden,
                 inner,
                 shared_intermediate_size=width,
+                activation=activation,
                 use_bias=params.bias is not None,
                 track_load=track_load,
                 dtype=dtype,
@@ -321,6 +337,7 @@ class MoE(nnx.Module):
             num_valid_tokens=num_valid_tokens,
             expert_map=expert_map,
             max_rows=max_rows,
+            activation=self.activation,
             implementation=self.implementation,
         )
         if not self.config.scale_weights:

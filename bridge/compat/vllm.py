@@ -15,7 +15,8 @@ import bridge
 from bridge.compat import as_int32, check_in_place, check_matrix, checked_map, described, renamed, route_groups
 from bridge.compat.vllm_experts import fused_experts
 from bridge.dispatch import dispatch_rows
-from bridge.ops.dispatch import align_blocks, permute_maps_out, unpermute_out
+from bridge.ops.dispatch import unpermute_out
+from bridge.ops.plan_dispatch import align_blocks, permute_maps_out
 from jaxmoe.config import as_int
 from jaxmoe.dispatch import check_plan_sizes
 

@@ -18,12 +18,9 @@ __all__ = ["fused_experts"]
 _NAMES = {
     "x": "hidden_states",
     "experts": "topk_ids",
-    "rows": "topk_ids",
-    "plan.rows": "topk_ids",
     "weights": "topk_weights",
     "gate_up": "w1",
     "down": "w2",
-    "num_experts": "w1.shape[0]",
 }
 # What a FusedMoEQuantConfig asks for beside plain weights, each of them None where it does not. Its dtypes come first:
 # with some of them vLLM's own properties assert something of the scales.
@@ -75,8 +72,7 @@ def fused_experts(
     """Applies to each token the experts that it was routed to, and sums what they return by its weights.
 
     Four launches, or five: one or two for the plan, two for the experts, one for the sum; up to three more with ids
-    that are not int32. With an activation other than "silu" there is one more, and rows of experts that are elsewhere
-    are zeros, which are written and read. No weight is cast or copied.
+    that are not int32. No weight is cast or copied.
 
     Beside vLLM: rows are weighted and summed in float32, in the order of the slots (vLLM rounds each weighted row to
     the dtype first), to the same bits on every run; there are gradients. Not there are quantised weights, biases,
@@ -132,11 +128,8 @@ def fused_experts(
         expert_map = checked_map(expert_map, num_here if num_ids == -1 else num_ids, "global_num_experts")
     gate_up, down = w1.mT, w2.mT
     try:
-        if name == "silu":
-            return bridge.fused_experts(hidden_states, ids, topk_weights, gate_up, down, expert_map=expert_map)
-        plan = bridge.plan_dispatch(ids, num_here, expert_map=expert_map)
-        rows = bridge.dispatch(hidden_states, plan)
-        rows = bridge.experts(rows, gate_up, down, plan.group_sizes, activation=name)
-        return bridge.combine(rows, plan, topk_weights)
+        return bridge.fused_experts(
+            hidden_states, ids, topk_weights, gate_up, down, expert_map=expert_map, activation=name
+        )
     except ValueError as error:
         raise renamed(error, _NAMES) from None

@@ -16,7 +16,17 @@ from bridge.ops import layer
 from bridge.views import import_rows
 from jaxmoe import RoutingConfig
 
-_SILU = (type(ACT2FN["silu"]), type(ACT2FN["swish"]))
+# What the kernels call an activation of transformers.
+_ACTIVATIONS = {
+    type(ACT2FN[name]): ours
+    for name, ours in {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+    }.items()
+}
 
 
 def forward_router(
@@ -68,11 +78,12 @@ def experts_forward(
     weights = _dense(top_k_weights.float() if top_k_weights.dtype == torch.float64 else top_k_weights, ops)
     plan = bridge.plan_dispatch(ids, down.shape[0])
     normed = getattr(self, "has_post_expert_norm", False)  # transformers 5.20 brought it
-    if _is_swiglu(self) and not normed and ops:
-        return layer.weighted(x, plan, weights, up, down).to(hidden_states.dtype)
+    activation = _gated_by(self)
+    if activation and not normed and ops:
+        return layer.weighted(x, plan, weights, up, down, activation=activation).to(hidden_states.dtype)
     rows = bridge.dispatch(x, plan)
-    if _is_swiglu(self):
-        rows = bridge.experts(rows, up, down, plan.group_sizes)
+    if activation:
+        rows = bridge.experts(rows, up, down, plan.group_sizes, activation=activation)
     else:
         rows = _mlp(self, rows, up, down, ids, plan)
     if normed:
@@ -113,13 +124,13 @@ def _dense(tensor: torch.Tensor, ops: bool) -> torch.Tensor:
     return tensor if is_dense(tensor) else copy_dense(tensor)
 
 
-def _is_swiglu(experts: Any) -> bool:
-    """Whether the experts are what `bridge.experts` computes."""
+def _gated_by(experts: Any) -> str | None:
+    """The activation with which the experts are what `bridge.experts` computes; None where they are something else."""
     if experts.has_bias or not (experts.has_gate and experts.is_concatenated):
-        return False
+        return None
     # A class without a gate of its own has been given one by transformers.
     usual = experts._apply_gate.__module__ == use_experts_implementation.__module__
-    return usual and isinstance(experts.act_fn, _SILU)
+    return _ACTIVATIONS.get(type(experts.act_fn)) if usual else None
 
 
 def _mlp(

@@ -19,6 +19,12 @@ Tensor = torch.Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
+def check_activation(activation: Any) -> None:
+    """Raises ValueError for a name that is not known."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
 def check_weight(name: str, weight: Tensor, device: torch.device) -> None:
     """Raises ValueError unless the kernels can read the weight as it lies."""
     if weight.device != device:
@@ -151,8 +157,7 @@ def _check_experts(rows: Tensor, gate_up: Tensor, down: Tensor, group_sizes: Ten
     num_experts, width, twice = gate_up.shape
     check("down", down, (num_experts, half("gate_up", twice), width), (rows.dtype,))
     check("group_sizes", group_sizes, (num_experts,), INT32)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    check_activation(activation)
     for name, weight in (("gate_up", gate_up), ("down", down)):
         check_weight(name, weight, rows.device)
     check_layout(rows.device, rows=rows, group_sizes=group_sizes)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from bridge import path
-from bridge.ops.dispatch import plan_dispatch
+from bridge.checks import check_no_gradient
 from bridge.ops.library import LIBRARY, register_batch
+from bridge.ops.plan_dispatch import plan_dispatch
 from bridge.ops.routing import route, router_logits
-from bridge.ops.weighted_experts import weighted_experts
+from bridge.ops.weighted_experts import weighted_experts, weighted_experts_out
 from jaxmoe.layer import rows_of
 
 Tensor = torch.Tensor
@@ -23,6 +24,7 @@ def weighted(
     gate_up: Tensor,
     down: Tensor,
     num_ids: int | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     """dispatch, experts and combine: [T, H] of x [T, H], a plan's (rows, slots, group_sizes) and weights [T, S].
 
@@ -30,7 +32,7 @@ def weighted(
     """
     path.check_no_tangents(x=x, weights=weights, gate_up=gate_up, down=down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
-    return weighted_experts(x, *plan, weights, gate_up, down, num_ids or gate_up.shape[0], keep)[0]
+    return weighted_experts(x, *plan, weights, gate_up, down, num_ids or gate_up.shape[0], activation, keep)[0]
 
 
 def _fused_experts(
@@ -41,9 +43,30 @@ def _fused_experts(
     down: Tensor,
     expert_map: Tensor | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
-    return weighted(x, plan, weights, gate_up, down, None if expert_map is None else expert_map.shape[0])
+    num_ids = None if expert_map is None else expert_map.shape[0]
+    return weighted(x, plan, weights, gate_up, down, num_ids, activation)
+
+
+def _fused_experts_out(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_map: Tensor | None,
+    max_rows: int | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    given = {"x": x, "weights": weights, "gate_up": gate_up, "down": down}
+    path.check_no_tangents(**given)
+    check_no_gradient(**given)
+    plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
+    num_ids = (gate_up if expert_map is None else expert_map).shape[0]
+    weighted_experts_out(x, *plan, weights, gate_up, down, num_ids, activation, out)
 
 
 def _moe(
@@ -57,10 +80,31 @@ def _moe(
     config: str,
     expert_map: Tensor | None = None,
     max_rows: int | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = router_logits(x, router)
-    weights, chosen, load = route(logits, bias, valid, number, config, True)
-    return _fused_experts(x, chosen, weights, gate_up, down, expert_map, max_rows), weights, chosen, load
+    weights, chosen, load = route(router_logits(x, router), bias, valid, number, config, True)
+    y = _fused_experts(x, chosen, weights, gate_up, down, expert_map, max_rows, activation)
+    return y, weights, chosen, load
+
+
+def _moe_out(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    valid: Tensor | None,
+    number: int | None,
+    config: str,
+    expert_map: Tensor | None,
+    max_rows: int | None,
+    activation: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_no_gradient(x=x, router=router, gate_up=gate_up, down=down)
+    weights, chosen, load = route(router_logits(x, router), bias, valid, number, config, True)
+    _fused_experts_out(x, chosen, weights, gate_up, down, expert_map, max_rows, activation, out)
+    return weights, chosen, load
 
 
 def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
@@ -77,18 +121,31 @@ def _define(schema: str, function: Any) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     op = getattr(torch.ops.jaxmoe, name).default
-    register_batch(name, op)
+    if "!" not in schema:
+        register_batch(name, op)
     return op
 
 
 fused_experts = _define(
     "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? expert_map=None,"
-    " SymInt? max_rows=None) -> Tensor",
+    " SymInt? max_rows=None, str activation='silu') -> Tensor",
     _fused_experts,
+)
+fused_experts_out = _define(
+    "fused_experts_out(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? expert_map,"
+    " SymInt? max_rows, str activation, Tensor(a!) out) -> ()",
+    _fused_experts_out,
 )
 moe = _define(
     "moe(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens, SymInt? number,"
-    " str config, Tensor? expert_map=None, SymInt? max_rows=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str config, Tensor? expert_map=None, SymInt? max_rows=None, str activation='silu')"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _moe,
+)
+moe_out = _define(
+    "moe_out(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens,"
+    " SymInt? number, str config, Tensor? expert_map, SymInt? max_rows, str activation, Tensor(a!) out)"
+    " -> (Tensor, Tensor, Tensor)",
+    _moe_out,
 )
 update_bias = _define("update_bias(Tensor bias, Tensor load, float rate) -> Tensor", _update_bias)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bridge import path
 from bridge.autograd import once
 from bridge.views import is_aligned, is_view, made_dense
 
@@ -46,6 +47,18 @@ def register_batch(name: str, op: Callable[..., Any]) -> None:
         return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
 
     torch.library.register_vmap(f"jaxmoe::{name}", rule, lib=LIBRARY)
+
+
+def where_it_runs(native: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """On a GPU that the kernels do not run on, through JAX's runtime, as on a CPU: a drop-in asks for no path."""
+
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        if path.runs_natively(first):
+            return native(first, *rest)
+        with torch.no_grad():
+            return plain(first, *rest)
+
+    return run
 
 
 def define(

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import torch
+from torch.autograd.graph import increment_version
 
 from bridge.autograd import is_batched
 from bridge.call import call
-from bridge.checks import INT32, check, check_layout, row_stride
+from bridge.checks import INT32, check, check_layout, check_out, row_stride
 from bridge.native import dispatch as moves
 from bridge.native import experts as native
-from bridge.ops.experts import check_weight, gradient_of
+from bridge.ops.experts import check_activation, check_weight, gradient_of
 from bridge.ops.library import define
 from bridge.views import made_dense
 from jaxmoe import layer
@@ -26,7 +27,6 @@ from jaxmoe.arguments import half
 from jaxmoe.grouped_matmul import Groups
 
 Tensor = torch.Tensor
-ACTIVATION = "silu"
 LEFT = Groups(clear=False)  # rows behind the last group: nobody reads them
 
 
@@ -57,10 +57,12 @@ def _fake(
     gate_up: Tensor,
     down: Tensor,
     num_ids: int,
+    activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """num_ids: how many ids there are, here and elsewhere, among which tokens chose."""
     _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    check_activation(activation)
     return x.new_empty(x.shape), x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[2]))
 
 
@@ -73,16 +75,35 @@ def _native(
     gate_up: Tensor,
     down: Tensor,
     num_ids: int,
+    activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, keep)
-    hidden, out = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
-    to, num_slots = [hidden, kept] if keep else [hidden], rows.shape[1]
-    groups = _groups(rows, slots, gate_up, num_ids)
-    native.gated_matmul(x, gate_up, group_sizes, ACTIVATION, *to, slots=slots, num_slots=num_slots, groups=groups)
-    native.grouped_matmul(hidden, down, group_sizes, out, groups=groups)
-    moves.combine(out, rows, weights, y)
+    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, keep)
+    _run(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, y, *([kept] if keep else []))
     return y, kept
+
+
+def _run(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_ids: int,
+    activation: str,
+    y: Tensor,
+    *kept: Tensor,
+) -> None:
+    """Fills y, and where it is given kept, with gate and up of every row."""
+    hidden, each = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
+    groups, num_slots = _groups(rows, slots, gate_up, num_ids), rows.shape[1]
+    native.gated_matmul(
+        x, gate_up, group_sizes, activation, hidden, *kept, slots=slots, num_slots=num_slots, groups=groups
+    )
+    native.grouped_matmul(hidden, down, group_sizes, each, groups=groups)
+    moves.combine(each, rows, weights, y)
 
 
 def _groups(rows: Tensor, slots: Tensor, gate_up: Tensor, num_ids: int) -> Groups:
@@ -91,10 +112,20 @@ def _groups(rows: Tensor, slots: Tensor, gate_up: Tensor, num_ids: int) -> Group
     return LEFT._replace(expected=expected)
 
 
-@jax.jit
-def _jax_forward(x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any) -> Any:
-    y, (kept, *_) = layer.weighted_fwd((None, LEFT), x, rows, slots, group_sizes, weights, gate_up, down)
+@functools.partial(jax.jit, static_argnames="activation")
+def _jax_forward(
+    x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, *, activation: str
+) -> Any:
+    static = None, activation, LEFT
+    y, (kept, *_) = layer.weighted_fwd(static, x, rows, slots, group_sizes, weights, gate_up, down, None)
     return y, kept
+
+
+def _jax_out(
+    x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, *, activation: str, out: Any
+) -> Any:
+    static = None, activation, LEFT
+    return layer.weighted_experts(static, x, rows, slots, group_sizes, weights, gate_up, down, out)
 
 
 def _named(*tensors: Tensor) -> dict[str, Tensor]:
@@ -112,18 +143,19 @@ def _plain(
     gate_up: Tensor,
     down: Tensor,
     num_ids: int,
+    activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, rows, slots, group_sizes, weights, gate_up, down)
-    y, kept = call(_jax_forward, _named(x, rows, slots, group_sizes, weights, gate_up, down), {})
+    _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, keep)
+    arguments = _named(x, rows, slots, group_sizes, weights, gate_up, down)
+    y, kept = call(_jax_forward, arguments, {"activation": activation})
     return y, kept if keep else kept[:0].clone()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, num_ids, keep = inputs
+    *tensors, ctx.num_ids, ctx.activation, keep = inputs
     if not keep:
         raise RuntimeError("weighted_experts: expected keep=True where a gradient is asked for, got False")
-    ctx.num_ids = num_ids
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -150,18 +182,81 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError("weighted_experts: a backward pass that failed has written over what the next one needs")
     ctx.written_over = _is_last(kept, grad)
     op = weighted_experts_last_backward if ctx.written_over else weighted_experts_backward
-    dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, ctx.num_ids, trained)
-    return dx, None, None, None, dweights, *(stack if trained else (None, None)), None, None
+    dx, dweights, *stack = op(grad.contiguous(), *tensors, kept, ctx.num_ids, ctx.activation, trained)
+    return dx, None, None, None, dweights, *(stack if trained else (None, None)), None, None, None
 
 
 weighted_experts = define(
     "weighted_experts(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
-    " Tensor down, SymInt num_ids, bool keep) -> (Tensor, Tensor)",
+    " Tensor down, SymInt num_ids, str activation, bool keep) -> (Tensor, Tensor)",
     native=_native,
     plain=_plain,
     fake=_fake,
     backward=_backward,
     setup_context=_setup,
+)
+
+
+def _check_out(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_ids: int,
+    activation: str,
+    out: Tensor,
+) -> None:
+    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+    check_activation(activation)
+    check("out", out, tuple(x.shape), (x.dtype,))
+    check_layout(x.device, out=out)
+
+
+def _out_native(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_ids: int,
+    activation: str,
+    out: Tensor,
+) -> None:
+    _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
+    plan = {"rows": rows, "slots": slots, "group_sizes": group_sizes}
+    check_out({"out": out}, {"x": x, **plan, "weights": weights, "gate_up": gate_up, "down": down})
+    _run(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
+    increment_version(out)
+
+
+def _out_plain(
+    x: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    group_sizes: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_ids: int,
+    activation: str,
+    out: Tensor,
+) -> None:
+    _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
+    arguments = _named(x, rows, slots, group_sizes, weights, gate_up, down)
+    call(_jax_out, arguments, {"activation": activation}, out=out)
+
+
+weighted_experts_out = define(
+    "weighted_experts_out(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
+    " Tensor down, SymInt num_ids, str activation, Tensor(a!) out) -> ()",
+    native=_out_native,
+    plain=_out_plain,
+    fake=_check_out,
 )
 
 
@@ -182,6 +277,7 @@ def _backward_fake(
     down: Tensor,
     kept: Tensor,
     num_ids: int,
+    activation: str,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
@@ -202,6 +298,7 @@ def _backward_native(
     down: Tensor,
     kept: Tensor,
     num_ids: int,
+    activation: str,
     trained: bool,
     *,
     over: bool = False,
@@ -223,7 +320,7 @@ def _backward_native(
     groups, end = _groups(rows, slots, gate_up, num_ids), group_sizes.sum(0, keepdim=True, dtype=torch.int32)
     moves.dispatch(grad, rows, slots, None, held, end=end)
     native.grouped_matmul(held, down.mT, group_sizes, hidden, groups=groups)  # the gradient of the hidden rows,
-    native.gated_grad(kept, hidden, ACTIVATION, dkept, hidden, scale, dots, end)  # then these themselves
+    native.gated_grad(kept, hidden, activation, dkept, hidden, scale, dots, end)  # then these themselves
     ddown = gradient_of(down, trained)
     if trained:
         native.grouped_outer(hidden, held, group_sizes, ddown, groups=groups)
@@ -242,12 +339,22 @@ def _backward_native(
     return dx, dweights, dgate_up, ddown
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="activation")
 def _jax_backward(
-    grad: Any, x: Any, rows: Any, slots: Any, group_sizes: Any, weights: Any, gate_up: Any, down: Any, kept: Any
+    grad: Any,
+    x: Any,
+    rows: Any,
+    slots: Any,
+    group_sizes: Any,
+    weights: Any,
+    gate_up: Any,
+    down: Any,
+    kept: Any,
+    *,
+    activation: str,
 ) -> Any:
     saved = (kept, x, rows, slots, group_sizes, weights, gate_up, down)
-    dx, _, _, _, dweights, dgate_up, ddown = layer.weighted_bwd((None, LEFT), saved, grad)
+    dx, _, _, _, dweights, dgate_up, ddown, _ = layer.weighted_bwd((None, activation, LEFT), saved, grad)
     return dx, dweights, dgate_up, ddown
 
 
@@ -262,11 +369,12 @@ def _backward_plain(
     down: Tensor,
     kept: Tensor,
     num_ids: int,
+    activation: str,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, num_ids, trained)
+    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, num_ids, activation, trained)
     arguments = {"grad": grad, **_named(x, rows, slots, group_sizes, weights, gate_up, down), "kept": kept}
-    found = call(_jax_backward, arguments, {})
+    found = call(_jax_backward, arguments, {"activation": activation})
     # In the layout of the weights, as the fake implementation says.
     if not trained:
         return found[0], found[1], like[2], like[3]
@@ -278,7 +386,8 @@ def _backward_plain(
 
 weighted_experts_backward = define(
     "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
-    " Tensor gate_up, Tensor down, Tensor kept, SymInt num_ids, bool trained) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor gate_up, Tensor down, Tensor kept, SymInt num_ids, str activation, bool trained)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
     plain=_backward_plain,
     fake=_backward_fake,
@@ -287,7 +396,7 @@ weighted_experts_backward = define(
 # The same where there is no second backward pass: `kept` holds gradients afterwards.
 weighted_experts_last_backward = define(
     "weighted_experts_last_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes,"
-    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, SymInt num_ids, bool trained)"
+    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, SymInt num_ids, str activation, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     native=functools.partial(_backward_native, over=True),
     plain=_backward_plain,

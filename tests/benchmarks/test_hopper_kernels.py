@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import hopper_kernels
+from benchmarks import hopper_kernels, matmuls, operation
 from benchmarks.hopper_kernels import Work
 from jaxmoe import reference
 from kernels_pallas import grouped_matmul_grad_hopper, grouped_matmul_hopper, hopper
@@ -48,6 +48,7 @@ def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: 0.001 * wait(way()).ndim for name, way in ways.items()}
 
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(operation, "DEVICE", "cpu")
     monkeypatch.setattr(hopper_kernels, "in_turns", untimed)
     monkeypatch.setattr(hopper_kernels, "grouped_matmul", product)
     monkeypatch.setattr(hopper_kernels, "grouped_outer", gradient)
@@ -82,6 +83,22 @@ def test_a_tile_that_does_not_suit_is_left_out() -> None:
     assert found == {"triton", "triton, blocks", "hopper 256 x 128", "hopper 256 x 128, blocks *"}
 
 
+@pytest.mark.parametrize("spread", ["even", "uneven", "zipf"])
+def test_shares_of_the_rows(spread: str) -> None:
+    """Those of `bench`; of blocks, each expert has what fills it up."""
+    plain, blocks = (hopper_kernels.plan_of(16, 8, align, spread) for align in (1, 64))
+    assert plain.group_sizes.tolist() == matmuls.shares(spread, 128, 8).tolist()
+    assert (blocks.group_sizes == -(-plain.group_sizes // 64) * 64).all()
+    assert sorted(plain.slots.tolist()) == list(range(128))
+
+
+def test_what_the_layer_does_not_do_is_not_marked() -> None:
+    first, *others = hopper_kernels.works()
+    marked = lambda work: any(name.endswith("*") for name in hopper_kernels.ways(work, 4096, 32))
+    assert not marked(first)
+    assert all(map(marked, others))
+
+
 def test_other_gpus_have_triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 0)
     assert all(set(hopper_kernels.ways(work, 64, 8)) == {"triton"} for work in WAYS)
@@ -110,9 +127,13 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     path = tmp_path / "results.json"
     monkeypatch.setattr(hopper_kernels, "WIDTH", 256)
     monkeypatch.setattr(hopper_kernels, "INNER", 128)
-    monkeypatch.setattr(sys, "argv", ["", "--tokens", "16", "32", "--experts", "8", "--output", str(path)])
+    monkeypatch.setattr(
+        sys, "argv", ["", "--tokens", "16", "32", "--experts", "8", "--spread", "zipf", "--output", str(path)]
+    )
     hopper_kernels.main()
-    rows = json.loads(path.read_text())["rows"]
-    sides = [(128, 256), (256, 128), (256, 256), (256, 256), (128, 256)]
+    found = json.loads(path.read_text())
+    rows = found["rows"]
+    assert found["spread"] == "zipf"
+    sides = [(256, 256), (128, 256), (256, 128), (256, 256), (256, 256), (128, 256)]
     assert [(row["tokens"], row["left"], row["right"]) for row in rows] == [(t, *s) for t in (16, 32) for s in sides]
     assert "TFLOP/s, off by" in capsys.readouterr().out

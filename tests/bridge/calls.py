@@ -19,7 +19,7 @@ FUNCTIONS = (
     "update_bias",
 )
 HERE = (8, 1, 6, 3, 0, 5)  # of CONFIG's ids, those of the experts that `fused_experts` has, the shared one first
-WITH_OUT = ("route", "dispatch", "combine")
+WITH_OUT = ("route", "dispatch", "combine", "fused_experts", "moe")
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -98,6 +98,11 @@ def arrays(tree: Any) -> Any:
 def leaves(tree: Any) -> list[Any]:
     """The tensors or arrays in any of the trees above, a jaxmoe.Columns as the array that it views."""
     return jax.tree.leaves(tree)
+
+
+def filled(name: str, results: Any) -> Any:
+    """Of a function's results those that `out` takes."""
+    return results[0] if name == "moe" else results
 
 
 def same(tensor: torch.Tensor, array: jax.Array) -> None:

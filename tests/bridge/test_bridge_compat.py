@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.compat import aiter, vllm
 from tests.bridge import test_bridge_compat_vllm_experts as experts
-from tests.bridge.test_bridge_compat_vllm import compiled_quickly
 
-__all__ = ["compiled_quickly"]  # a fixture
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 NONE = "None"
 # Parameters and defaults as the originals have them: vLLM 0.33.0; aiter/ops/topk.py of ROCm/aiter, 2026.

@@ -9,12 +9,12 @@ import torch
 
 from bridge import RoutingConfig, path, presets
 from bridge.compat import aiter
-from tests.bridge.test_bridge_compat_vllm import compiled_quickly, drawn
 from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs
+from tests.check_compat_vllm import drawn
 from tests.parity.compare import check_routing
 from tests.parity.torch_topk import aiter_biased_grouped_topk
 
-__all__ = ["compiled_quickly"]  # a fixture
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 ODD = RoutingConfig(num_experts=45, top_k=6, n_group=9, topk_group=4, routed_scaling_factor=2.5)
 

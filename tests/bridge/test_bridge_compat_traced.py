@@ -9,9 +9,8 @@ import torch
 
 from bridge.compat import aiter, vllm
 from tests.bridge.test_bridge_compat import E, H, K, T, ids
-from tests.bridge.test_bridge_compat_vllm import compiled_quickly
 
-__all__ = ["compiled_quickly"]  # a fixture
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def step(x: torch.Tensor, logits: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:

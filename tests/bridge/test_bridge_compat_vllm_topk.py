@@ -10,11 +10,11 @@ import torch
 
 from bridge import RoutingConfig, presets
 from bridge.compat import vllm
-from tests.bridge.test_bridge_compat_vllm import compiled_quickly, drawn
+from tests.check_compat_vllm import drawn
 from tests.parity.compare import UNBIASED, check_routing, decided
 from tests.parity.torch_topk import vllm_grouped_topk
 
-__all__ = ["compiled_quickly"]  # a fixture
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 SMALL = RoutingConfig(num_experts=24, top_k=5, n_group=4, topk_group=2, routed_scaling_factor=2.5)
 

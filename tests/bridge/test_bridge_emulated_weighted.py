@@ -13,11 +13,10 @@ from bridge.native import experts
 from bridge.ops import weighted_experts
 from jaxmoe import layer
 from tests import oracle
-from tests.bridge.test_bridge_emulated import plan
 from tests.cases import BF16, F32, normal
 from tests.check_plan import PlanCase, drawn
 from tests.emulator import native
-from tests.emulator.native import Emulator, array
+from tests.emulator.native import Emulator, array, plan
 
 WIDTH, INNER = 72, 24
 IDS = (-1, 3, -1, -1, 0, -1, -1, 4, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, -1)  # five of twenty are here
@@ -57,14 +56,20 @@ def test_weighted_experts(
     tensors = [emulator.put(a) for a in (x, found.rows, found.slots, found.group_sizes, weights)]
     tensors += [lay(gate_up), lay(down)]
 
+    activation = "gelu_tanh" if transposed else "silu"
     asked: set[int] = set()
     for module in (experts.kernels, experts.grad_kernels):
         config_for = module.config_for
         noted = lambda n, *args, of=config_for, **options: asked.add(n) or of(n, *args, **options)
         monkeypatch.setattr(module, "config_for", noted)
     before = len(emulator.kept)
-    y, kept = weighted_experts._native(*tensors, num_ids, True)
+    y, kept = weighted_experts._native(*tensors, num_ids, activation, True)
     check_left(emulator.kept[before:], rows, end, [INNER, 2 * INNER, WIDTH])  # hidden, gate and up, what comes out
+    out = tensors[0].new_empty((tokens, WIDTH))
+    before = len(emulator.kept)
+    weighted_experts._out_native(*tensors, num_ids, activation, out)
+    check_left(emulator.kept[before:], rows, end, [INNER, WIDTH])
+    assert torch.equal(out, y)
 
     gated_grad, dispatch = experts.gated_grad, weighted_experts.moves.dispatch
 
@@ -82,7 +87,8 @@ def test_weighted_experts(
     results = []
     for over, widths in ((False, [INNER, 2 * INNER, WIDTH]), (True, [INNER, WIDTH])):
         before = len(emulator.kept)
-        results.append(weighted_experts._backward_native(gradient, *tensors, kept, num_ids, True, over=over))
+        given = gradient, *tensors, kept, num_ids, activation, True
+        results.append(weighted_experts._backward_native(*given, over=over))
         check_left(emulator.kept[before:], rows, end, widths)
         assert torch.equal(bits, kept.view(torch.int16)) != (over and end > 0), "there may be a second backward pass"
     check_left([kept], rows, end, [2 * INNER])
@@ -92,7 +98,7 @@ def test_weighted_experts(
 
     def exactly(x: Any, weights: Any, gate_up: Any, down: Any) -> Any:
         arrays = x, found.rows, found.slots, found.group_sizes, weights, gate_up, down
-        return layer.weighted_experts(("xla", weighted_experts.LEFT), *arrays)
+        return layer.weighted_experts(("xla", activation, weighted_experts.LEFT), *arrays, None)
 
     wide = [jax.numpy.asarray(a, F32) for a in (x, weights, gate_up, down)]
     want, pull = jax.vjp(exactly, *wide)

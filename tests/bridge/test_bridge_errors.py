@@ -293,7 +293,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def good_out(name: str) -> Any:
     if name == "route":
         return (poisoned(5, 3), poisoned(5, 3, dtype=torch.int32), poisoned(9, dtype=torch.int32))
-    return poisoned({"dispatch": 15, "combine": 5}[name], 32)
+    return poisoned(15 if name == "dispatch" else 5, 32)
 
 
 WRONG_OUT = {
@@ -392,14 +392,21 @@ def test_out_between_columns_is_refused() -> None:
 
 
 @pytest.mark.parametrize("takes_ops", [False, True], ids=["DLPack", "ops"])
-@pytest.mark.parametrize(("name", "argument"), [("route", "logits"), ("dispatch", "x"), ("combine", "weights")])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("route", "logits"), ("dispatch", "x"), ("combine", "weights")),
+        *(("fused_experts", "x"), ("fused_experts", "down"), ("moe", "x"), ("moe", "params.router")),
+    ],
+)
 def test_out_where_gradients_are_wanted(
     name: str, argument: str, takes_ops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As torch itself refuses it: `out` has no history."""
     monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: takes_ops)
     given, out = tensors(arguments(name), CPU), good_out(name)
-    given[argument].requires_grad_()
+    first, _, field = argument.partition(".")
+    (getattr(given[first], field) if field else given[first]).requires_grad_()
     with pytest.raises(ValueError, match=f"^out: expected None where {argument} requires grad"):
         getattr(bridge, name)(**given, **options(name), out=out)
     assert all(bool((tensor == -77).all()) for tensor in leaves(out))

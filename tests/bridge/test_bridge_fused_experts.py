@@ -21,6 +21,7 @@ from tests.bridge.calls import leaves as flat
 from tests.bridge.test_bridge_functions import NAMES, VIEWS, Operations, laid
 from tests.jaxmoe.test_fused_experts import CASES, IDS, TOLERANCE, Case, drawn, kept_pairs, map_of
 
+F = torch.nn.functional
 CPU = torch.device("cpu")
 DENSE = (False, False)
 LYING = [pytest.param(views, id=NAMES(views) or "dense") for views in (DENSE, *VIEWS)]
@@ -48,26 +49,32 @@ def here(experts: tuple[int, ...]) -> torch.Tensor:
 
 def fused(case: Case, ids: torch.Tensor, *leaves: torch.Tensor, **options: Any) -> torch.Tensor:
     x, weights, *stack = leaves
-    return bridge.fused_experts(x, ids, weights, *stack, expert_map=here(case.here), max_rows=case.max_rows, **options)
+    options = {"expert_map": here(case.here), "max_rows": case.max_rows, "activation": case.activation, **options}
+    return bridge.fused_experts(x, ids, weights, *stack, **options)
 
 
-def by_hand(
-    case: Case, ids: torch.Tensor, *leaves: torch.Tensor, activation: Callable[..., Any] = torch.nn.functional.silu
-) -> torch.Tensor:
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def by_hand(case: Case, ids: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
     """Expert by expert."""
     x, weights, gate_up, down = leaves
     kept, y = torch.tensor(kept_pairs(case, ids.cpu().numpy()), device=ids.device), 0 * x
     for local, expert in enumerate(case.here):
         token, slot = (kept & (ids == expert)).nonzero(as_tuple=True)
         gate, up = (x[token] @ gate_up[local]).chunk(2, dim=1)
-        rows = weights[token, slot, None] * (activation(gate) * up @ down[local])
+        rows = weights[token, slot, None] * (ACTIVATIONS[case.activation](gate) * up @ down[local])
         y = y.index_add(0, token, rows)
     return y
 
 
 @pytest.mark.parametrize(
     ("case", "views"),
-    [*((case, DENSE) for case in CASES), *((case, VIEWS[-1]) for case in (CASES[1], CASES[4], CASES[8]))],
+    [*((case, DENSE) for case in CASES), *((case, VIEWS[-1]) for case in (CASES[1], CASES[4], CASES[8], CASES[11]))],
     ids=lambda value: value.why if isinstance(value, Case) else NAMES(value) or "dense",
 )
 def test_against_plain_torch(case: Case, views: tuple[bool, bool], way: str) -> None:
@@ -79,6 +86,9 @@ def test_against_plain_torch(case: Case, views: tuple[bool, bool], way: str) -> 
     y = fused(case, ids, *leaves)
     with torch.no_grad():
         torch.testing.assert_close(fused(case, ids, *leaves), y.detach(), rtol=2e-6, atol=2e-6)
+        out = torch.full_like(leaves[0], torch.nan, requires_grad=False)
+        assert fused(case, ids, *leaves, out=out) is out
+        torch.testing.assert_close(out, y.detach(), rtol=2e-6, atol=2e-6)
     for found, wanted, like in zip(
         (y, *torch.autograd.grad(y, leaves, up)), (want, *wants), (leaves[0], *leaves), strict=True
     ):
@@ -192,6 +202,24 @@ def test_parts_of_a_layer_add_up(way: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("views", [DENSE, VIEWS[-1]], ids=["dense", "views"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layer_with_an_activation(activation: str, views: tuple[bool, bool], way: str) -> None:
+    """And with an `out`, of all experts and of some."""
+    for few, local in ((tuple(range(IDS)), None), (HERE, here(HERE))):
+        x, params, _ = part_of_layer(5, few, views)
+        layer = functools.partial(bridge.moe, x, params, CONFIG, expert_map=local, activation=activation)
+        y, routing = layer()
+        exact = (tensor.double() for tensor in (x, routing.weights, params.gate_up, params.down))
+        want = by_hand(Case("", few, 5, CONFIG.num_slots, activation=activation), routing.experts, *exact)
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+        out = torch.full_like(x, torch.nan)
+        filled, again = layer(out=out)
+        assert filled is out
+        assert torch.equal(out, y)
+        assert all(torch.equal(a, b) for a, b in zip(again, routing, strict=True))
+
+
 @pytest.mark.usefixtures("through_dlpack")
 @pytest.mark.parametrize("views", LYING[1:])
 def test_views_are_read_where_they_lie(views: tuple[bool, bool]) -> None:
@@ -255,18 +283,21 @@ def test_room_beyond_all_numbers(way: str) -> None:
 def test_kernels_are_told_how_many_ids_there_are(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """And keep what a gradient needs where one is asked for alone. Only the ops have such kernels."""
     op, told = ops.weighted_experts, list[Any]()
-    monkeypatch.setattr(ops, "weighted_experts", lambda *args: told.append(args[-2:]) or op(*args))
+    monkeypatch.setattr(ops, "weighted_experts", lambda *args: told.append((args[-3], args[-1])) or op(*args))
+    op_out = ops.weighted_experts_out
+    monkeypatch.setattr(ops, "weighted_experts_out", lambda *args: told.append((args[-3], "out")) or op_out(*args))
     backward, told_back = gradients.weighted_experts_backward, list[int]()
-    noted = lambda *args: told_back.append(args[-2]) or backward(*args)
+    noted = lambda *args: told_back.append(args[-3]) or backward(*args)
     monkeypatch.setattr(gradients, "weighted_experts_backward", noted)
     ids, leaves, _ = given(CASES[1])
     fused(CASES[1], ids, *leaves).sum().backward()
     with torch.no_grad():
         fused(CASES[1], ids, *leaves)
+        fused(CASES[1], ids, *leaves, out=torch.empty_like(leaves[0]))
     bridge.fused_experts(leaves[0], ids, *leaves[1:])  # of three ids
     x, params, local = part_of_layer(5)
     bridge.moe(x, params, CONFIG, expert_map=local)
-    assert told == ([(IDS, True), (IDS, False), (3, True), (IDS, False)] if way == "ops" else [])
+    assert told == ([(IDS, True), (IDS, False), (IDS, "out"), (3, True), (IDS, False)] if way == "ops" else [])
     assert told_back == ([IDS] if way == "ops" else [])
 
 
@@ -302,6 +333,10 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a word": ("max_rows", "9", f"{ROOM} '9'$"),
     "a list": ("max_rows", [9], rf"{ROOM} \[9\]$"),
     "a tensor": ("max_rows", ints(()), f"{ROOM} tensor"),
+    "activation": ("activation", "relu", r"expected one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'"),
+    "no activation": ("activation", None, "expected one of .*, got None"),
+    "out shape": ("out", floats(11, 15), r"expected float32 \[11, 16\], got float32\[11, 15\]"),
+    "out dtype": ("out", floats(11, 16).half(), r"expected float32 \[11, 16\], got float16"),
 }
 
 
@@ -335,6 +370,8 @@ WRONG_LAYER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gate_up": ({"gate_up": floats(6, 31, 32)}, r"params.gate_up: expected float32 \[experts here, 32, 2 \* I\], got"),
     "no experts": ({"gate_up": floats(0, 32, 32)}, "params.gate_up: expected at least one element along axis 0"),
+    "activation": ({"activation": "relu"}, "activation: expected one of .*, got 'relu'"),
+    "out": ({"out": floats(4, 32)}, r"out: expected float32 \[5, 32\], got float32\[4, 32\]"),
     "all experts here": (
         {"expert_map": None},
         r"params.gate_up: expected float32 \[9, 32, 2 \* I\], got float32\[6, 32, 32\]",
@@ -348,6 +385,6 @@ def test_wrong_argument_of_a_layer(case: str, views: tuple[bool, bool], way: str
     changed, message = WRONG_LAYER[case]
     x, params, local = part_of_layer(5, HERE, views)
     params = params._replace(**{name: changed[name] for name in ("gate_up", "down") if name in changed})
-    options = {name: changed[name] for name in ("expert_map", "max_rows") if name in changed}
+    options = {name: value for name, value in changed.items() if name not in ("gate_up", "down")}
     with pytest.raises(ValueError, match=f"^{message}"):
         bridge.moe(x, params, CONFIG, **{"expert_map": local, **options})

@@ -1,16 +1,10 @@
-"""The native path without a GPU: what is compiled, kept on disk and would be launched, with what arguments."""
+"""The native path without a GPU: what is compiled and would be launched, with what arguments and memory."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import struct
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,106 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bridge
-from bridge.native import build, cache, dispatch, driver, experts, routing
+from bridge.native import build, dispatch, experts, routing
 from bridge.ops import experts as ops
 from bridge.ops import weighted_experts
 from kernels_pallas.targets import TARGETS, Binary
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("cache_folder")
+
 V3 = bridge.presets["deepseek-v3"]
-BINARIES = [
-    Binary("one", b"code of one\n\x00\xff", 32, 0, "QQi", "QQiQ", ("num_rows",)),
-    Binary("two", b"more", 128, 4096, "QQ", "QQ", ()),
-]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("JAXMOE_CACHE_DIR", str(tmp_path / "kernels"))
-    return tmp_path / "kernels"
-
-
-def entry(folder: Path) -> Path:
-    (path,) = folder.iterdir()
-    return path
-
-
-def test_kept_and_found(folder: Path) -> None:
-    assert cache.load("key") is None
-    cache.store("key", BINARIES)
-    assert cache.load("key") == BINARIES
-    assert cache.load("another key") is None
-    assert entry(folder).stat().st_mode & 0o077 == 0, "nobody else's business"
-    cache.store("key", BINARIES[:1])
-    assert cache.load("key") == BINARIES[:1], "replaced"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    {
-        "a bit of the code": lambda b: b[:-1] + bytes([b[-1] ^ 1]),
-        "a bit of the header": lambda b: b.replace(b'"threads": 32', b'"threads": 64'),
-        "cut off": lambda b: b[:-3],
-        "longer": lambda b: b + b"x",
-        "empty": lambda b: b"",
-        "no header": lambda b: b"\x7fELF" + b,
-        "a list for a header": lambda b: b"[]\n" + b,
-        "another key": lambda b: b.replace(b'"key": "key"', b'"key": "kez"'),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_a_damaged_entry_is_not_used(damage: Any, folder: Path) -> None:
-    cache.store("key", BINARIES)
-    path = entry(folder)
-    before = path.read_bytes()
-    path.write_bytes(damage[1](before))
-    assert path.read_bytes() != before
-    assert cache.load("key") is None
-    cache.store("key", BINARIES)
-    assert cache.load("key") == BINARIES
-
-
-def test_an_entry_of_somebody_else_is_not_used(folder: Path) -> None:
-    """Machine code that others could have written is not run."""
-    cache.store("key", BINARIES)
-    path = entry(folder)
-    path.chmod(0o666)
-    assert cache.load("key") is None
-    path.chmod(0o600)
-    assert cache.load("key") == BINARIES
-    if os.getuid() == 0:
-        os.chown(path, 12345, -1)
-        assert cache.load("key") is None
-
-
-def test_an_entry_of_another_key_under_this_name_is_not_used(folder: Path) -> None:
-    cache.store("key", BINARIES)
-    path = entry(folder)
-    cache.store("other", BINARIES[:1])
-    path.rename(path.with_name("moved"))
-    (other,) = [p for p in folder.iterdir() if p.name != "moved"]
-    other.rename(path)
-    assert cache.load("key") is None
-
-
-def test_where_nothing_can_be_kept_it_says_so(folder: Path) -> None:
-    folder.write_text("a file where the folder should be")
-    with pytest.warns(RuntimeWarning, match="compiled kernels cannot be kept in .*kernels"):
-        cache.store("key", BINARIES)
-    assert cache.load("key") is None
-
-
-def test_several_processes_at_once(folder: Path) -> None:
-    """Each writes and reads the same entry many times: whatever is read is whole."""
-    program = (
-        "from bridge.native import cache\nfrom kernels_pallas.targets import Binary\n"
-        "import sys\nb = [Binary('k', bytes([int(sys.argv[1])]) * 200_000, 32, 0, 'Q', 'Q', ())]\nseen = 0\n"
-        "for _ in range(60):\n    cache.store('key', b)\n    got = cache.load('key')\n"
-        "    assert got and len(set(got[0].code)) == 1 and len(got[0].code) == 200_000\n"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(i)]) for i in range(3)]
-    assert [process.wait() for process in processes] == [0] * 3
-    assert len(list(folder.iterdir())) == 1, "no file is left behind"
 
 
 class Recorder:
@@ -362,7 +265,8 @@ def test_memory_of_the_backward_pass(launches: list[Any], trained: bool, over: b
     weights = torch.zeros(tokens, slots)
     flat, sizes, kept = ids.reshape(-1), torch.zeros(9, dtype=torch.int32), zeros(tokens * slots, 2 * inner)
     with Live() as live:
-        weighted_experts._backward_native(x, x, ids, flat, sizes, weights, gate_up, down, kept, 9, trained, over=over)
+        given = x, x, ids, flat, sizes, weights, gate_up, down, kept, 9, "silu", trained
+        weighted_experts._backward_native(*given, over=over)
     assert [name for name, _ in launches].count("grouped_outer") == 2 * trained
     rows = tokens * slots * (2 * width + 4) + weights.nbytes  # and a number for each
     both = 0 if over else kept.nbytes
@@ -379,84 +283,3 @@ def test_memory_of_the_experts_backward_pass(launches: list[Any]) -> None:
         ops._experts_backward_native(rows, rows, gate_up, down, sizes, "silu", True)
     assert [name for name, _ in launches].count("grouped_outer") == 2
     assert live.peak == 320 * 96 * 2 + gate_up.nbytes + down.nbytes + rows.nbytes
-
-
-def test_the_key_holds_what_matters() -> None:
-    """Another jax, triton or source, another key: an entry of theirs is never taken for ours."""
-    toolchain = build._toolchain()
-    assert f"jax {build.jax.__version__}" in toolchain
-    assert "triton" in toolchain
-
-
-class FakeDriver:
-    """A driver that reads what a real one would read at a launch."""
-
-    def __init__(self, hip: bool) -> None:
-        self.hip, self.seen, self.failing = hip, [], []
-        self.attributes: list[Any] = []  # of each launch
-        pointer, number, status = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
-        cuda = ctypes.CFUNCTYPE(status, pointer, pointer, pointer, pointer)
-        amd = ctypes.CFUNCTYPE(status, pointer, *[number] * 7, pointer, pointer, pointer)
-        self.launch = amd(self.launch_hip) if hip else cuda(self.launch_cuda)
-
-    def load(self, binary: Binary) -> ctypes.c_void_p:
-        return ctypes.c_void_p(0xF00)
-
-    def enter(self, device: int) -> None:
-        self.seen.append("enter")
-
-    def arguments(self, extra: int, end: int) -> bytes:
-        kind, memory, size_kind, size, last = (ctypes.c_void_p * 5).from_address(extra)
-        assert (kind, size_kind, last or 0) == (1, 2, end)
-        return ctypes.string_at(memory, ctypes.c_size_t.from_address(size).value)
-
-    def launch_cuda(self, config: int, function: int, parameters: int | None, extra: int) -> int:
-        *sizes, stream, attributes, count = struct.unpack("@7I4xQQI4x", ctypes.string_at(config, 56))
-        assert (function, parameters) == (0xF00, None)
-        self.attributes.append(ctypes.string_at(attributes, 72 * count) if count else attributes)
-        self.seen.append((*sizes, stream, self.arguments(extra, 0)))
-        return self.failing.pop() if self.failing else 0
-
-    def launch_hip(self, function: int, *rest: Any) -> int:
-        *sizes, stream, parameters, extra = rest
-        assert (function, parameters) == (0xF00, None)
-        self.seen.append((*sizes, stream, self.arguments(extra, 3)))
-        return self.failing.pop() if self.failing else 0
-
-    def check(self, status: int, what: str) -> None:
-        raise RuntimeError(f"{what}: {status}")
-
-
-@pytest.mark.parametrize("hip", [False, True], ids=["cuda", "rocm"])
-def test_what_the_driver_is_given(hip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grid, block, shared memory, stream and arguments, laid out as C does; what triton adds is null."""
-    fake = FakeDriver(hip)
-    monkeypatch.setattr(driver, "driver", lambda: fake)
-    monkeypatch.setattr(driver, "_current_device", lambda: 0)
-    monkeypatch.setattr(driver, "_raw_stream", lambda device: 0xABCDEF0123)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    kernel = driver.Kernel(Binary("k", b"", 128, 4096, "QiiQ", "QiiQQ", ("a", "b")), 0)
-    dependent = driver.Kernel(Binary("k", b"", 32, 0, "Q", "Q", (), dependent=True), 0)
-    dependent(2, 1, 0x7F0000000010)
-    assert fake.seen.pop()[:8] == (2, 1, 1, 32, 1, 1, 0, 0xABCDEF0123)
-    if not hip:
-        assert fake.attributes.pop() == struct.pack("@IIII56x", 6, 0, 1, 0), "programmatic stream serialization"
-    fake.seen.pop()
-    noted: list[Any] = []
-    monkeypatch.setattr(driver, "observers", [lambda *launch: noted.append(launch)])
-    kernel(7, 3, 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020)
-    kernel(1, 1, 1, 2, 3, 4)
-    first, second = fake.seen[1:]
-    assert first[:8] == (7, 3, 1, 128, 1, 1, 4096, 0xABCDEF0123)
-    assert first[8] == struct.pack("@QiiQQ", 0x7F0000000010, 5, 2**31 - 1, 0x7F0000000020, 0)
-    assert second[8] == struct.pack("@QiiQQ", 1, 2, 3, 4, 0)
-    assert noted == [("k", (7, 3)), ("k", (1, 1))]
-    assert not any(fake.attributes), "none for a kernel that does not wait"
-    fake.failing = [0, 201] if not hip else []
-    kernel(1, 1, 1, 2, 3, 4)
-    assert ("enter" in fake.seen[3:]) == (not hip), "a thread without a context gets one"
-    fake.failing = [1]
-    with pytest.raises(RuntimeError, match="launching k on a grid of 9 by 2: 1"):
-        kernel(9, 2, 1, 2, 3, 4)
-    with pytest.raises(struct.error):
-        kernel(1, 1, 1, 2, 3)

@@ -1,5 +1,4 @@
-# ruff: noqa: E501
-"""The torch ops: schema, fake implementation, autograd and torch.compile, on CPU tensors."""
+"""The torch ops: schema, fake implementation, torch.compile and what is run past autograd, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,29 +14,7 @@ from torch.library import opcheck
 
 import bridge
 from bridge import path
-from bridge.ops import weighted_experts as ops
-
-CONFIG = bridge.RoutingConfig(num_experts=16, top_k=3, n_group=4, topk_group=2, n_shared_experts=1)
-T, H, I, M, E = 5, 32, 16, 20, 17
-OPS = torch.ops.jaxmoe
-
-
-def normal(*shape: int, seed: int = 0, grad: bool = False) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
-
-
-def plan(align: int = 1) -> bridge.DispatchPlan:
-    return bridge.plan_dispatch(bridge.route(normal(T, 16), config=CONFIG).experts, E, align=align)
-
-
-def weights(transposed: bool, grad: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    if transposed:
-        return (normal(E, 2 * I, H, grad=grad) / 8).mT, (normal(E, H, I, grad=grad) / 8).mT
-    return normal(E, H, 2 * I, grad=grad) / 8, normal(E, I, H, grad=grad) / 8
-
-
-def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_()
+from tests.bridge.op_inputs import CONFIG, OPS, E, H, I, M, T, leaf, normal, plan, weights
 
 
 def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -102,33 +79,69 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         },
         "weighted_experts": (
             OPS.weighted_experts,
-            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, E, True),
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), gate_up, down, E, "silu", True),
         ),
         "weighted_experts, transposed": (
             OPS.weighted_experts,
-            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), *transposed, 4 * E, True),
+            (normal(T, H, grad=True), rows, slots, sizes, normal(T, 4, grad=True), *transposed, 4 * E, "gelu", True),
         ),
         "weighted_experts, nothing kept": (
             OPS.weighted_experts,
-            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, E, False),
+            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, E, "silu", False),
+        ),
+        "weighted_experts_out": (
+            OPS.weighted_experts_out,
+            (normal(T, H), rows, slots, sizes, normal(T, 4), *stack, E, "gelu_tanh", normal(T, H)),
         ),
         **{
             f"weighted_experts_backward{', frozen' * (not trained)}": (
                 OPS.weighted_experts_backward,
-                (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept, E, trained),
+                (
+                    normal(T, H, seed=1),
+                    normal(T, H),
+                    rows,
+                    slots,
+                    sizes,
+                    normal(T, 4),
+                    *stack,
+                    kept,
+                    E,
+                    "gelu",
+                    trained,
+                ),
             )
             for trained in (True, False)
         },
         "weighted_experts_last_backward": (
             OPS.weighted_experts_last_backward,
-            (normal(T, H, seed=1), normal(T, H), rows, slots, sizes, normal(T, 4), *stack, kept.clone(), E, True),
+            (
+                normal(T, H, seed=1),
+                normal(T, H),
+                rows,
+                slots,
+                sizes,
+                normal(T, 4),
+                *stack,
+                kept.clone(),
+                E,
+                "silu",
+                True,
+            ),
         ),
         "fused_experts": (OPS.fused_experts, (normal(T, H, grad=True), ids, normal(T, 4, grad=True), gate_up, down)),
         "fused_experts, of other ids, with room for few": (
             OPS.fused_experts,
-            (normal(T, H, grad=True), ids, normal(T, 4, grad=True), *local, here, 7),
+            (normal(T, H, grad=True), ids, normal(T, 4, grad=True), *local, here, 7, "gelu"),
+        ),
+        "fused_experts_out": (
+            OPS.fused_experts_out,
+            (normal(T, H), ids, normal(T, 4), *(w.detach() for w in local), here, 7, "silu", normal(T, H)),
         ),
         "moe": (OPS.moe, (normal(T, H, grad=True), router, normal(16), gate_up, down, None, None, CONFIG.json)),
+        "moe_out": (
+            OPS.moe_out,
+            (normal(T, H), normal(16, H), normal(16), *stack, None, 3, CONFIG.json, None, None, "silu", normal(T, H)),
+        ),
         "update_bias": (OPS.update_bias, (normal(16), torch.arange(E, dtype=torch.int32), 0.5)),
     }
 
@@ -147,120 +160,6 @@ def test_opcheck(name: str) -> None:
 def test_every_op_is_here() -> None:
     defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("jaxmoe::")}
     assert defined == {name.partition(",")[0] for name in CALLS}
-
-
-@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (3, 4)])
-def test_weighted_experts_without_pairs(tokens: int, experts: int) -> None:
-    """No tokens, but rows that fill experts up; tokens whose every pair is dropped: zeros, and gradients of zero."""
-    ids = torch.full((tokens, 2), -1, dtype=torch.int32)
-    rows, slots, sizes = bridge.plan_dispatch(ids, experts, align=4)
-    assert len(slots) > 0
-    leaves = [normal(tokens, H, grad=True), normal(tokens, 2, grad=True)]
-    leaves += [normal(experts, H, 2 * I, grad=True), normal(experts, I, H, grad=True)]
-    x, weights, gate_up, down = leaves
-    y, kept = OPS.weighted_experts(x, rows, slots, sizes, weights, gate_up, down, experts, True)
-    assert (y.shape, kept.shape) == ((tokens, H), (len(slots), 2 * I))
-    assert not y.any()
-    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
-        assert gradient.shape == leaf.shape
-        assert not gradient.any()
-
-
-@pytest.fixture
-def written_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The backward ops that are called, chosen as for tensors on a GPU."""
-    called: list[str] = []
-    noted = lambda name, op: lambda *args: (called.append(name), op(*args))[1]
-    monkeypatch.setattr(ops, "_is_last", lambda kept, grad: not ops._keeps_graph() and not ops.is_batched(grad))
-    for name, short in (("weighted_experts_backward", "another"), ("weighted_experts_last_backward", "last")):
-        monkeypatch.setattr(ops, name, noted(short, getattr(ops, name)))
-    return called
-
-
-def weighted(x: Any) -> Any:
-    ids = torch.arange(T * 2, dtype=torch.int32).view(T, 2) % E
-    return OPS.weighted_experts(x, *bridge.plan_dispatch(ids, E), normal(T, 2), *weights(False), E, True)[0]
-
-
-def test_what_is_kept_is_written_over_by_the_last_backward_pass_alone(written_over: list[str]) -> None:
-    """torch says which is the last: not one that keeps the graph, and none of several at once."""
-    x = normal(T, H, grad=True)
-    y, up = weighted(x), normal(T, H, seed=3)
-    first, second, third = (torch.autograd.grad(y, x, up, retain_graph=keep)[0] for keep in (True, True, False))
-    assert written_over == ["another", "another", "last"]
-    assert first.any()
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
-    written_over.clear()
-    (both,) = torch.autograd.grad(weighted(x), x, torch.stack([up, 2 * up]), is_grads_batched=True)
-    assert set(written_over) == {"another"}
-    torch.testing.assert_close(both, torch.stack([first, 2 * first]))
-
-
-def test_nothing_is_written_over_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[bool, bool]] = []
-    is_last = ops._is_last
-    monkeypatch.setattr(ops, "_is_last", lambda *args: asked.append((ops._keeps_graph(), is_last(*args))) or False)
-    x = normal(T, H, grad=True)
-    torch.autograd.grad(weighted(x), x, normal(T, H, seed=3))
-    assert asked == [(False, False)]
-
-
-def test_a_backward_pass_that_failed_is_not_repeated(written_over: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory halfway, say: what it would need has been written over. One that keeps the graph may be."""
-    x = normal(T, H, grad=True)
-    y, up = weighted(x), normal(T, H, seed=3)
-
-    def fails(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
-
-    for name in ("weighted_experts_backward", "weighted_experts_last_backward"):
-        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError, match="no room"):
-            patch.setattr(ops, name, fails)
-            torch.autograd.grad(y, x, up, retain_graph=name == "weighted_experts_backward")
-        if name == "weighted_experts_backward":
-            assert torch.autograd.grad(y, x, up, retain_graph=True)[0].any()
-    with pytest.raises(RuntimeError, match="a backward pass that failed has written over what the next one needs"):
-        torch.autograd.grad(y, x, up)
-
-
-@pytest.mark.parametrize("frozen", ["x", "experts", "router"])
-def test_what_is_frozen_gets_no_gradient(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the others get what they get otherwise."""
-    from bridge import path
-
-    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
-    x, router = normal(T, H, grad=True), normal(16, H, seed=1, grad=True)
-    stack = [leaf(w) for w in weights(False)]
-    tensors = {"x": [x], "router": [router], "experts": stack}
-    run = lambda: bridge.moe(x, bridge.MoEParams(router, *stack, None), CONFIG)[0].square().sum()
-    some = [t for name, group in tensors.items() if name != frozen for t in group]
-    want = torch.autograd.grad(run(), some)
-    for tensor in tensors[frozen]:
-        tensor.requires_grad_(False)
-    for got, wanted in zip(torch.autograd.grad(run(), some), want, strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.parametrize(
-    ("op", "frozen"), [("experts", (1,)), ("experts", (2,)), ("experts", (1, 2)), ("grouped_matmul", (1,))], ids=str
-)
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-def test_frozen_weights_get_no_gradient(op: str, transposed: bool, frozen: tuple[int, ...]) -> None:
-    """And the others, and the rows, get what they get otherwise."""
-    sizes = plan()[2]
-    leaves = [normal(M, H, grad=True), *(leaf(w) for w in weights(transposed))]
-    if op == "grouped_matmul":
-        run = lambda: OPS.grouped_matmul(*leaves[:2], sizes)
-        leaves = leaves[:2]
-    else:
-        run = lambda: OPS.experts(*leaves, sizes, "silu")
-    some = [t for i, t in enumerate(leaves) if i not in frozen]
-    want = torch.autograd.grad(run().square().sum(), some)
-    for index in frozen:
-        leaves[index].requires_grad_(False)
-    for got, wanted in zip(torch.autograd.grad(run().square().sum(), some), want, strict=True):
-        torch.testing.assert_close(got, wanted)
 
 
 def layer(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: torch.Tensor) -> tuple[Any, ...]:
@@ -292,7 +191,9 @@ def in_place(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: 
 def test_torch_compile(function: Callable[..., Any]) -> None:
     """One graph for every number of tokens, the same results and gradients as without."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")  # inductor, which takes long, on the GPU: test_native_gpu.py
+    counter = CompileCounterWithBackend(
+        "aot_eager"
+    )  # inductor, which takes long, on the GPU: test_native_launches_gpu.py
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     with_gradient = function is not in_place
     stack = [leaf(w) for w in weights(False)]
@@ -309,73 +210,6 @@ def test_torch_compile(function: Callable[..., Any]) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
                 assert a.abs().max() > 0
     assert counter.frame_count == 1
-
-
-WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "logits shape": (lambda: bridge.route(normal(T, 15), config=CONFIG), r"logits: expected .* \[T, 16\], got float32\[5, 15\]"),
-    "bias dtype": (
-        lambda: bridge.route(normal(T, 16), torch.zeros(16, dtype=torch.int32), config=CONFIG),
-        r"bias: expected bfloat16 or float16 or float32 \[16\], got int32\[16\]",
-    ),
-    "count": (lambda: bridge.route(normal(T, 16), config=CONFIG, num_valid_tokens=6), "num_valid_tokens: expected 0 to T=5"),
-    "kind of count": (lambda: bridge.route(normal(T, 16), config=CONFIG, num_valid_tokens="3"), "num_valid_tokens: expected an int"),
-    "columns": (lambda: bridge.route(normal(16, T).T, config=CONFIG), r"logits: expected rows that lie apart .* strides \(1, 5\)"),
-    "config": (lambda: bridge.route(normal(T, 16), config=CONFIG.json), "config: expected a RoutingConfig, got str"),
-    "ids dtype": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int64), 4), r"experts: expected int32 \[T, S\]"),
-    "align": (lambda: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=0), "align: expected an int from 1"),
-    **{
-        f"max_rows {rows}": (
-            lambda rows=rows: bridge.plan_dispatch(torch.zeros(5, 2, dtype=torch.int32), 4, align=8, max_rows=rows),  # type: ignore[misc]
-            rf"max_rows: expected a positive multiple of align=8, got {rows}$",
-        )
-        for rows in (0, 12, -8, True, 8.0)
-    },
-    "length": (
-        lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, None, False, 37),
-        "length: expected 38 for 10 pairs, or more, to 1610612735, got 37",
-    ),
-    "names": (
-        lambda: OPS.align_blocks(torch.zeros(5, 2, dtype=torch.int32), 4, 8, torch.zeros(3, dtype=torch.int32), True, 40),
-        r"expert_map: expected a name for each of num_experts=4, got int32\[3\]",
-    ),
-    "offsets": (
-        lambda: OPS.permute_maps_out(*plan(), torch.empty(E + 2, dtype=torch.int64), *(torch.empty_like(plan().slots),) * 2),
-        "offsets: expected int64 of 2 to E",
-    ),
-    "plan": (lambda: bridge.dispatch(normal(T, H), tuple(plan())), "plan: expected a DispatchPlan, got tuple"),
-    "tokens of x": (lambda: bridge.dispatch(normal(T + 1, H), plan()), r"x: expected .* \[5, H\], got float32\[6, 32\]"),
-    "weights": (lambda: bridge.combine(normal(M, H), plan(), normal(T, 3)), r"weights: expected .* \[5, 4\], got float32\[5, 3\]"),
-    "weights kind": (lambda: bridge.combine(normal(M, H), plan(), 1.0), "weights: expected a torch.Tensor, got float"),
-    "router": (lambda: bridge.router_logits(normal(T, H), normal(16, H + 1)), r"weight: expected .* \[E, 32\]"),
-    "strided weights": (
-        lambda: bridge.experts(normal(M, H), normal(E, H, 4 * I)[..., ::2], normal(E, I, H), plan().group_sizes),
-        "gate_up: expected a contiguous tensor or the transpose of one",
-    ),
-    "odd gate and up": (
-        lambda: bridge.moe(
-            normal(T, H), bridge.MoEParams(normal(16, H), normal(E, H, 2 * I - 1), normal(E, I, H)), CONFIG
-        ),
-        "params.gate_up: expected an even last axis",
-    ),
-    "activation": (
-        lambda: bridge.experts(normal(M, H), *weights(False), plan().group_sizes, activation="relu"),
-        "activation: expected one of",
-    ),
-    "out": (lambda: bridge.dispatch(normal(T, H), plan(), out=normal(M, H + 1)), r"out: expected float32 \[20, 32\]"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops' own checks, which CUDA tensors meet: the same words as jaxmoe's."""
-    from bridge import path
-
-    call, message = WRONG[name]
-    planned = plan()
-    monkeypatch.setitem(globals(), "plan", lambda: planned)
-    monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: True)
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 @pytest.mark.parametrize(
@@ -432,8 +266,3 @@ def test_fake_tensors() -> None:
     assert (routing.weights.shape, routing.load.shape) == ((7, 4), (E,))
     assert rows.shape == (152, H), "28 pairs and 17 * 7 for the alignment, up to a multiple of 8"
     assert (y.shape, y.dtype) == ((7, H), torch.bfloat16)
-
-
-def test_native_needs_a_gpu() -> None:
-    with pytest.raises(ValueError, match="implementation: 'native' needs tensors on a GPU, got one on cpu"):
-        bridge.route(normal(T, 16), config=CONFIG, implementation="native")

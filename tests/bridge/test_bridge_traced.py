@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import bridge
 from bridge.compat import vllm
 from bridge.ops.layer import weighted
-from tests.bridge.calls import FUNCTIONS, WITH_OUT, arguments, leaves, options, tensors
+from tests.bridge.calls import FUNCTIONS, WITH_OUT, arguments, filled, leaves, options, tensors
 
 CONFIG = bridge.RoutingConfig(num_experts=8, top_k=2)
 
@@ -139,8 +139,9 @@ def test_meta_tensors(name: str) -> None:
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
     meta = tensors(given, torch.device("meta"))
     if name in WITH_OUT:
-        again = function(**meta, **how, out=found)
-        assert all(a is b for a, b in zip(leaves(again), leaves(found), strict=True))
+        out = filled(name, found)
+        again = filled(name, function(**meta, **how, out=out))
+        assert all(a is b for a, b in zip(leaves(again), leaves(out), strict=True))
     if name != "update_bias":
         with pytest.raises(ValueError, match=r"expected a dense tensor on a CPU or GPU, got torch.strided on meta"):
             function(**meta, **{**how, "implementation": "xla"})
@@ -306,10 +307,15 @@ def test_compiled_around_a_named_implementation() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 def test_compiled_with_out_and_a_gradient() -> None:
     """Refused as uncompiled, not computed without its graph."""
-    x = X.clone().requires_grad_()
+    x, ids = X.clone().requires_grad_(), PLAN.rows % 4
+    config = bridge.RoutingConfig(num_experts=4, top_k=2)
+    stack = numbers(4, 32, 12), numbers(4, 6, 32)
+    params = bridge.MoEParams(numbers(4, 32), *stack)
     calls: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda x: bridge.dispatch(x * 1, PLAN, out=torch.empty(10, 32)),
         lambda x: bridge.combine(torch.cat([x, x]), PLAN, torch.ones(5, 2), out=torch.empty(5, 32)),
+        lambda x: bridge.fused_experts(x * 1, ids, torch.ones(5, 2), *stack, activation="gelu", out=torch.empty(5, 32)),
+        lambda x: bridge.moe(x * 1, params, config, out=torch.empty(5, 32))[0],
     ]
     for call in calls:
         for run in (call, compiled(call)):

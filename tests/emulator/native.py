@@ -1,4 +1,9 @@
-"""The emulator in the place of a GPU, below `bridge.native`: kernels are compiled as ever, and their PTX runs here."""
+"""The emulator in the place of a GPU, below `bridge.native`: kernels are compiled as ever, and their PTX runs here.
+
+What it shows that the interpreter cannot: that triton's layouts, exchanges and reshapes do what the kernel says; that
+no access leaves its tensor or is unaligned; that programs and warps do not depend on one another's pace. By default
+some cases run; with JAXMOE_EMULATE=all every one does, and for more targets.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,16 @@ import pytest
 import torch
 
 from bridge.native import build, dispatch, experts, routing
+from jaxmoe import DispatchPlan
+from kernels_pallas import plan_dispatch as plan_kernels
 from kernels_pallas import targets
 from kernels_pallas.targets import Binary
+from tests.check_plan import PlanCase, check_plan
 from tests.emulator import machine
 from tests.emulator.memory import POISON, Global
 
 SEED = 1
+INT32, FLOAT32 = torch.int32, torch.float32
 ALL = os.environ.get("JAXMOE_EMULATE") == "all"  # every case, on every target
 TARGETS = ["sm_90", "sm_80"] if ALL else ["sm_90"]
 _built: dict[str, list[Binary]] = {}  # by key, as on disk: most of a test's time is compiling
@@ -115,3 +124,23 @@ def forget() -> None:
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
     routing._known.clear()
+
+
+def some(cases: list[Any], chosen: set[str]) -> list[Any]:
+    """All cases, or those whose reason begins as one of the chosen does."""
+    found = [case for case in cases if ALL or any(case.why.startswith(start) for start in chosen)]
+    return [pytest.param(case, id=case.why) for case in found]
+
+
+def plan(emulator: Emulator, case: PlanCase, tokens: int | None = None, offset: int = 0) -> DispatchPlan:
+    """Plans on the native path and checks the result."""
+    ids, expert_map = case.inputs(tokens)
+    rows = emulator.empty(*ids.shape, dtype=INT32, offset=offset)
+    length = plan_kernels.num_rows(ids.size, case.num_experts, case.align, case.max_rows)
+    slots = emulator.empty(length, dtype=INT32, offset=offset)
+    sizes = emulator.empty(case.num_experts, dtype=INT32, offset=offset)
+    here = None if expert_map is None else emulator.put(expert_map, offset)
+    dispatch.plan_dispatch(emulator.put(ids, offset), case.num_experts, case.align, here, rows, slots, sizes)
+    found = DispatchPlan(rows.numpy(), slots.numpy(), sizes.numpy())
+    check_plan(found, ids, case.num_experts, case.align, expert_map, case.max_rows)
+    return found

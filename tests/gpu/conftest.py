@@ -46,3 +46,10 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def synchronized() -> Iterator[None]:
+    """What a test launched has ended, or failed, before the next one begins."""
+    yield
+    torch.cuda.synchronize()

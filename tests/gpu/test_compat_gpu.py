@@ -16,7 +16,9 @@ torch = pytest.importorskip("torch")
 from benchmarks import peers  # noqa: E402
 from bridge.compat import aiter, vllm  # noqa: E402
 from tests.bridge.test_bridge_compat_aiter import call as call_aiter  # noqa: E402
-from tests.bridge.test_bridge_compat_vllm import (  # noqa: E402
+from tests.bridge.test_bridge_compat_vllm_experts import ACTIVATIONS, stated  # noqa: E402
+from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs, routed  # noqa: E402
+from tests.check_compat_vllm import (  # noqa: E402
     CASES,
     IDS,
     Case,
@@ -27,8 +29,6 @@ from tests.bridge.test_bridge_compat_vllm import (  # noqa: E402
     stated_align,
     stated_unpermute,
 )
-from tests.bridge.test_bridge_compat_vllm_experts import ACTIVATIONS, stated  # noqa: E402
-from tests.bridge.test_bridge_compat_vllm_topk import clear_inputs, routed  # noqa: E402
 from tests.gpu.test_native_fused_experts_gpu import check_close, exactly, gradients, twice  # noqa: E402
 from tests.jaxmoe import test_fused_experts as behind_routing  # noqa: E402
 from tests.parity.compare import decided  # noqa: E402

@@ -5,7 +5,7 @@ New memory holds NaN (conftest.py), which shows wherever it is read. The referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ import bridge  # noqa: E402
 from tests.bridge.test_bridge_fused_experts import by_hand  # noqa: E402
 from tests.jaxmoe.test_fused_experts import Case, kept_pairs  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a torch that sees the GPU"),
+    pytest.mark.usefixtures("synchronized"),
+]
 
 DEVICE = "cuda"
 CONFIG = bridge.RoutingConfig(num_experts=24, top_k=4, routed_scaling_factor=2.5, n_shared_experts=1)
@@ -25,13 +28,11 @@ ERROR = {torch.bfloat16: 3e-2, torch.float32: 5e-5}  # of the largest value
 DTYPES = pytest.mark.parametrize("dtype", ERROR, ids=str)
 TOKENS = pytest.mark.parametrize("tokens", [0, 1, 64, 1000])
 ROOM = pytest.mark.parametrize("scarce", [False, True], ids=["room for all", "room for some"])
-LYING = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    yield
-    torch.cuda.synchronize()
+KINDS = pytest.mark.parametrize(
+    ("transposed", "activation"),
+    [(False, "silu"), (True, "silu"), (False, "gelu"), (True, "gelu_tanh")],
+    ids=["plain", "transposed", "gelu", "gelu_tanh"],
+)
 
 
 def check_close(found: Any, wanted: Any, dtype: Any) -> None:
@@ -87,6 +88,12 @@ def local_map() -> Any:
     return found.to(DEVICE)
 
 
+def set_up(tokens: int, scarce: bool, activation: str) -> tuple[Case, dict[str, Any]]:
+    """(what is here, what there is room for, the activation; the same as arguments of `fused_experts` and `moe`)."""
+    case = Case("", HERE, tokens, SLOTS, room(tokens, scarce), activation=activation)
+    return case, {"expert_map": local_map(), "max_rows": case.max_rows, "activation": activation}
+
+
 def twice(run: Callable[[], list[Any]]) -> list[Any]:
     """What it returns, which is the same to the bit on another run, in other memory."""
     first = run()
@@ -97,20 +104,19 @@ def twice(run: Callable[[], list[Any]]) -> list[Any]:
     return first
 
 
-@LYING
+@KINDS
 @ROOM
 @DTYPES
 @TOKENS
-def test_fused_experts(tokens: int, dtype: Any, scarce: bool, transposed: bool) -> None:
-    """Values and every gradient, in the layout of what it is of; and without gradients the same values."""
-    case = Case("", HERE, tokens, SLOTS, room(tokens, scarce))
+def test_fused_experts(tokens: int, dtype: Any, scarce: bool, transposed: bool, activation: str) -> None:
+    """Values and every gradient, in the layout of what it is of; without gradients, and in `out`, the same values."""
+    case, how = set_up(tokens, scarce, activation)
     ids, leaves, up = behind_routing(tokens, dtype, transposed)
-    local = local_map()
     check_dropped(case, ids)
 
-    def fused() -> Any:
+    def fused(**out: Any) -> Any:
         x, weights, *experts = leaves
-        return bridge.fused_experts(x, ids, weights, *experts, expert_map=local, max_rows=case.max_rows)
+        return bridge.fused_experts(x, ids, weights, *experts, **how, **out)
 
     def run() -> list[Any]:
         y = fused()
@@ -119,6 +125,9 @@ def test_fused_experts(tokens: int, dtype: Any, scarce: bool, transposed: bool) 
     y, *found = twice(run)
     with torch.no_grad():
         assert torch.equal(fused(), y)
+        out = torch.full_like(y, torch.nan)
+        assert fused(out=out) is out
+        assert torch.equal(out, y)
     exact = exactly(leaves)
     want = by_hand(case, ids, *exact)
     check_close(y, want, dtype)
@@ -144,20 +153,18 @@ def weights_by_formula(x: Any, router: Any, ids: Any) -> Any:
     return torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
 
 
-@LYING
+@KINDS
 @ROOM
 @DTYPES
 @TOKENS
-def test_moe(tokens: int, dtype: Any, scarce: bool, transposed: bool) -> None:
+def test_moe(tokens: int, dtype: Any, scarce: bool, transposed: bool, activation: str) -> None:
     """It routes among all ids, whose load it counts, and computes those that are here."""
-    case = Case("", HERE, tokens, SLOTS, room(tokens, scarce))
+    case, how = set_up(tokens, scarce, activation)
     leaves, bias, up = layer_inputs(tokens, dtype, transposed)
-    local = local_map()
 
-    def layer() -> tuple[Any, bridge.Routing]:
+    def layer(**out: Any) -> tuple[Any, bridge.Routing]:
         x, router, *experts = leaves
-        params = bridge.MoEParams(router, *experts, bias)
-        return bridge.moe(x, params, CONFIG, expert_map=local, max_rows=case.max_rows)
+        return bridge.moe(x, bridge.MoEParams(router, *experts, bias), CONFIG, **how, **out)
 
     def run() -> list[Any]:
         y, routing = layer()
@@ -167,6 +174,10 @@ def test_moe(tokens: int, dtype: Any, scarce: bool, transposed: bool) -> None:
     y, weights, ids, load, *found = twice(run)
     with torch.no_grad():
         assert torch.equal(layer()[0], y)
+        out = torch.full_like(y, torch.nan)
+        filled, routing = layer(out=out)
+        assert filled is out
+        assert all(torch.equal(a, b) for a, b in zip((out, *routing), (y, weights, ids, load), strict=True))
     routed = bridge.route(bridge.router_logits(*(leaf.detach() for leaf in leaves[:2])), bias, config=CONFIG)
     for part, wanted in zip((weights, ids, load), routed, strict=True):
         assert torch.equal(part, wanted)

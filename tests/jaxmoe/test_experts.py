@@ -275,6 +275,7 @@ ARGS = inputs((4, 5))
         ({}, {"transposed": (True, 0)}, r"transposed: expected a bool for gate_up and one for down, got \(True, 0\)"),
         ({}, {"transposed": (True,)}, r"transposed: expected a bool for gate_up and one for down, got \(True,\)"),
         ({}, {"transposed": (False, True)}, r"down: expected float32 \[2, 10, 6\], got float32\[2, 6, 10\]"),
+        ({}, {"align": 2**20 + 1}, r"align: expected an int from 1 to 1048576, got 1048577"),
         ({}, {"implementation": "no"}, r"implementation: expected None or one of"),
     ],
 )

@@ -36,6 +36,7 @@ class Case:
     max_rows: int | None = None
     lowest: int = -1  # of the ids that are drawn; -1: dropped
     highest: int = IDS
+    activation: str = "silu"
 
 
 CASES = [
@@ -49,6 +50,8 @@ CASES = [
     Case("room for some rows", tuple(range(IDS)), max_rows=16),
     Case("room for some rows of some experts, rounded up", (8, 0, 5, 3), max_rows=3),
     Case("room for few rows of two experts", (2, 3), tokens=30, max_rows=8),
+    Case("another activation", (6, 1, 3), activation="gelu"),
+    Case("a third, room for some rows", (4, 0), max_rows=8, activation="gelu_tanh"),
 ]
 
 
@@ -80,7 +83,7 @@ def by_formula(case: Case) -> np.ndarray:
     exact, want = np.asarray(x, np.float64), np.zeros((case.tokens, WIDTH))
     for t, slot in zip(*np.nonzero(kept_pairs(case, ids)), strict=True):
         e = int(ids[t, slot])
-        want[t] += float(weights[t, slot]) * one_expert(exact[t], gate_up[e], down[e])
+        want[t] += float(weights[t, slot]) * one_expert(exact[t], gate_up[e], down[e], case.activation)
     return want
 
 
@@ -96,6 +99,7 @@ def call(case: Case, implementation: str, **options: Any) -> tuple[Callable[...,
         down,
         expert_map=map_of(case.here),
         max_rows=case.max_rows,
+        activation=case.activation,
         implementation=implementation,
         **options,
     )
@@ -119,7 +123,7 @@ def test_fused_experts_against_the_formula(case: Case, implementation: str) -> N
 
     x, ids, weights, gate_up, down, up = drawn(case)
     ids = jnp.where(kept_pairs(case, ids), ids, -1)
-    plain = functools.partial(jaxmoe.fused_experts, implementation="xla")
+    plain = functools.partial(jaxmoe.fused_experts, activation=case.activation, implementation="xla")
     here = jnp.array(case.here)
     _, pull_plain = jax.vjp(lambda x, w, *stack: plain(x, ids, w, *stack), x, weights, gate_up, down)
     dx, dweights, *stack = pull_plain(up)
@@ -160,11 +164,43 @@ def test_groups_that_are_filled_up(align: int, implementation: str) -> None:
         ids, len(case.here), align=align, expert_map=map_of(case.here), implementation=implementation
     )
     groups = Groups(align, 9, clear=False)
-    layer = lambda x, *rest: weighted_experts((implementation, groups), x, *plan, *rest)
+    layer = lambda x, *rest: weighted_experts((implementation, "silu", groups), x, *plan, *rest, None)
     y, pull = jax.vjp(layer, x, weights, gate_up[here], down[here])
     want, pull_want = jax.vjp(*_flattened(call(case, "xla")))
     for got, exact in zip((y, *pull(up)), (want, *pull_want(up)), strict=True):
         oracle.same(got, np.asarray(exact, np.float64), **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[11]], ids=lambda case: case.why)
+def test_out_is_donated_and_filled(case: Case, implementation: str) -> None:
+    run, args = call(case, implementation)
+    want, out = run(*args), jnp.full((case.tokens, WIDTH), jnp.nan)
+    address = out.unsafe_buffer_pointer()
+    got = call(case, implementation, out=out)[0](*args)
+    np.testing.assert_array_equal(got, want)
+    assert out.is_deleted()
+    assert got.unsafe_buffer_pointer() == address
+    with pytest.raises(ValueError, match="out: expected a buffer to write to, got an array that has been donated"):
+        call(case, implementation, out=out)[0](*args)
+
+
+def test_out_of_the_layer(implementation: str) -> None:
+    """With another activation, too, of which the shared experts are."""
+    config = RoutingConfig(num_experts=8, top_k=3, n_shared_experts=1)
+    params, x, out = params_for(config), normal(4, 7, WIDTH), jnp.full((7, WIDTH), jnp.nan)
+    how = {"activation": "gelu", "implementation": implementation}
+    address = out.unsafe_buffer_pointer()
+    want, _ = jaxmoe.moe(x, params, config, **how)
+    y, routing = jaxmoe.moe(x, params, config, out=out, **how)
+    np.testing.assert_array_equal(y, want)
+    assert out.is_deleted()
+    assert y.unsafe_buffer_pointer() == address
+    exact = np.zeros((7, WIDTH))
+    for t, slot in np.ndindex(*routing.experts.shape):
+        e = int(routing.experts[t, slot])
+        result = one_expert(np.asarray(x[t], np.float64), params.gate_up[e], params.down[e], "gelu")
+        exact[t] += float(routing.weights[t, slot]) * result
+    oracle.same(y, exact, **TOLERANCE)
 
 
 def test_second_derivative(implementation: str) -> None:
@@ -248,6 +284,9 @@ def test_nothing_that_nobody_wrote_is_kept_for_who_looks_for_nan(implementation:
         np.testing.assert_array_equal(g, want)
 
 
+TOKENS = jnp.zeros((11, WIDTH))
+
+
 def wrong(**changed: Any) -> None:
     x, ids, weights, gate_up, down, _ = drawn(CASES[0])
     given = {"x": x, "experts": ids, "weights": weights, "gate_up": gate_up, "down": down}
@@ -270,6 +309,12 @@ def wrong(**changed: Any) -> None:
         ({"max_rows": 2.5}, r"max_rows: expected a positive int, got 2.5"),
         ({"max_rows": True}, r"max_rows: expected a positive int, got True"),
         ({"implementation": "fast"}, r"implementation: expected None or one of"),
+        ({"activation": "relu"}, r"activation: expected one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'"),
+        ({"activation": None}, r"activation: expected one of .*, got None"),
+        ({"out": jnp.zeros((11, 15))}, r"out: expected float32 \[11, 16\], got float32\[11, 15\]"),
+        ({"out": jnp.zeros((11, 16), BF16)}, r"out: expected float32 \[11, 16\], got bfloat16\[11, 16\]"),
+        ({"out": np.zeros((11, 16), np.float32)}, r"out: expected a jax.Array to write to, got ndarray"),
+        ({"out": TOKENS, "x": TOKENS}, r"out: expected a buffer of its own, got an array that is also an input"),
     ],
 )
 def test_wrong_input(changed: dict[str, Any], message: str) -> None:
@@ -287,6 +332,9 @@ def test_wrong_input(changed: dict[str, Any], message: str) -> None:
             {"expert_map": jnp.zeros(9, I32)},
             r"params.down: expected float32 \[9, 6, 16\]",
         ),
+        ({}, {"activation": "relu"}, r"activation: expected one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'"),
+        ({}, {"out": jnp.zeros((4, 16))}, r"out: expected float32 \[3, 16\], got float32\[4, 16\]"),
+        ({}, {"out": np.zeros((3, 16), np.float32)}, r"out: expected a jax.Array to write to, got ndarray"),
         ({"gate_up": jnp.zeros((4, 16, 12))}, {}, r"params.gate_up: expected float32 \[9, 16, 2 \* I\]"),
     ],
 )

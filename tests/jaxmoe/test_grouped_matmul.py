@@ -117,6 +117,20 @@ def test_half_precision(case: Case, dtype: Any, transposed: bool, implementation
     check(case, dtype, transposed, implementation, tokens)
 
 
+@pytest.mark.parametrize("align", [2, np.int64(64)])
+def test_align_changes_no_result(align: int, implementation: str) -> None:
+    """Nor does a number of rows that is no multiple of it."""
+    rows, weight, up = normal(0, 197, 6), normal(1, 3, 6, 5), normal(2, 197, 5)
+    sizes, found = jnp.array([64, 0, 128], I32), []
+    for how in ({}, {"align": align}):
+        run = functools.partial(jaxmoe.grouped_matmul, **how, implementation=implementation)
+        y, backward = jax.vjp(lambda *args, run=run: run(*args, sizes), rows, weight)
+        found.append([y, *backward(up)])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.any()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_the_check_is_one(dtype: Any) -> None:
     """Zeros, the next expert's weights and the rows of a neighbour do not pass it."""
@@ -265,6 +279,8 @@ X, W, SIZES = normal(0, 5, 4), normal(1, 2, 4, 3), jnp.array([2, 3], I32)
         ((X, W, SIZES[:1]), {}, r"group_sizes: expected int32 \[2\], got int32\[1\]"),
         ((X, W, SIZES.astype(F32)), {}, r"group_sizes: expected int32 \[2\], got float32\[2\]"),
         ((X, W, SIZES), {"transposed": 1}, r"transposed: expected a bool, got 1"),
+        ((X, W, SIZES), {"align": 0}, r"align: expected an int from 1 to 1048576, got 0"),
+        ((X, W, SIZES), {"align": True}, r"align: expected an int from 1 to 1048576, got True"),
         ((X, W, SIZES), {"implementation": "no"}, r"implementation: expected None or one of"),
     ],
 )

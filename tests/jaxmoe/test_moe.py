@@ -139,7 +139,7 @@ def test_groups_of_whole_blocks(implementation: str) -> None:
 
         def layer(*args: jax.Array) -> jax.Array:
             x, *rest = args
-            return weighted_experts((implementation, Groups(align, clear=False)), x, *plan, *rest)
+            return weighted_experts((implementation, "silu", Groups(align, clear=False)), x, *plan, *rest, None)
 
         y, backward = jax.vjp(layer, x, routing.weights, params.gate_up, params.down)
         return y, *backward(normal(6, 9, 16))

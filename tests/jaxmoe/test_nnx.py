@@ -53,7 +53,8 @@ def test_the_module_is_the_function() -> None:
     np.testing.assert_allclose(moe.logits(X), ROWS @ np.asarray(moe.router[...]).T, rtol=1e-5, atol=1e-6)
 
 
-def test_shared_experts_apart_are_those_fused() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_shared_experts_apart_are_those_fused(activation: str) -> None:
     """scaling * routed + shared either way, whoever scales; padding stays zero."""
     fused = jaxmoe.MoEParams(
         router=normal(1, 6, HIDDEN),
@@ -62,18 +63,30 @@ def test_shared_experts_apart_are_those_fused() -> None:
         down=normal(4, 7, INNER, HIDDEN),
     )
     alone = dataclasses.replace(fused, gate_up=fused.gate_up[:6], down=fused.down[:6])
-    shared = SharedMLP(gate_up=fused.gate_up[6], down=fused.down[6])
-    want = np.asarray(jaxmoe.moe(ROWS, fused, CONFIG, num_valid_tokens=8)[0], np.float64)
+    shared = SharedMLP(gate_up=fused.gate_up[6], down=fused.down[6], activation=activation)
+    layer = functools.partial(jaxmoe.moe, ROWS, fused, CONFIG, num_valid_tokens=8)
+    want = np.asarray(layer(activation=activation)[0], np.float64)
     atol = 1e-5 * float(np.abs(want).max())
     for params, config, apart in ((fused, CONFIG, None), (alone, ALONE, shared)):
         for scale_weights in (True, False):
             config = dataclasses.replace(config, scale_weights=scale_weights)
-            moe = MoE.from_params(params, config, shared=apart)
+            moe = MoE.from_params(params, config, shared=apart, activation=activation)
             y = np.asarray(moe(X, num_valid_tokens=8)[0]).reshape(10, HIDDEN)
             oracle.same(y, want, rtol=0, atol=atol)
             assert not y[8:].any()
             with pytest.raises(AssertionError):
                 oracle.same(y / 2.5, want, rtol=0, atol=atol)
+    with pytest.raises(AssertionError):
+        oracle.same(np.asarray(layer(activation="gelu")[0]), want, rtol=0, atol=atol)
+
+
+def test_activation_of_all_experts() -> None:
+    moe = make(ALONE, shared_intermediate_size=5, activation="gelu")
+    assert moe.shared is not None
+    shared = moe.shared.params()
+    assert shared.activation == "gelu"
+    want, _ = jaxmoe.moe(ROWS, moe.params(), ALONE, activation="gelu")
+    np.testing.assert_allclose(moe(X)[0].reshape(10, HIDDEN), want + shared(ROWS), rtol=1e-5, atol=1e-6)
 
 
 def module() -> MoE:
@@ -326,6 +339,19 @@ def test_wrong_input() -> None:
         (lambda: moe.update_bias(rate=0.1), "update_bias: expected a module with use_bias=True"),
         (lambda: make(track_load=False).update_bias(rate=0.1), "load: expected an array where track_load=False"),
         (lambda: make(implementation="cuda"), "implementation: expected None or one of .*, got 'cuda'"),
+        (lambda: make(activation="relu"), r"activation: expected one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'"),
+        (
+            lambda: GatedMLP(8, 4, activation="relu", rngs=nnx.Rngs(0)),
+            r"activation: expected one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'",
+        ),
+        (
+            lambda: dataclasses.replace(make(ALONE, shared_intermediate_size=4).shared.params(), activation=7)(ROWS),  # type: ignore[union-attr]
+            "activation: expected one of .*, got 7",
+        ),
+        (
+            lambda: from_params(alone, ALONE, shared=shared, activation="gelu"),
+            "shared.activation: expected activation='gelu', got 'silu'",
+        ),
         (lambda: make(use_bias="no"), "use_bias: expected a bool, got 'no'"),
         (lambda: make(track_load=1), "track_load: expected a bool, got 1"),
         (lambda: make(dtype="foo"), "dtype: expected None, bfloat16, float16 or float32, got 'foo'"),
