@@ -11,9 +11,11 @@ import torch
 import bridge
 from benchmarks import operation, peers, stated, timing
 from benchmarks.operation import Build, Entry, Operation, empty, expect, random
+from benchmarks.parts import ROOM
 from benchmarks.routing import bias_of, config_of, empty_routing
 from bridge import DispatchPlan
 from bridge.compat import vllm as compat
+from jaxmoe.layer import expected_rows
 
 WIDTH, TOP_K, EXPERTS = 7168, 8, 256  # DeepSeek-V3's
 TOKENS = (1, 8, 64, 512, 4096, 16384, 40960)
@@ -142,6 +144,12 @@ def _elsewhere(tokens: int) -> Iterator[Operation]:
     def check_sums(got: Tensor) -> None:
         stated.check_close(got, stated.combine(rows[0], want, weights), 1e-2, "sums")
 
+    room = min(pairs, int(expected_rows(pairs, EXPERTS, local, None) * ROOM) + 64)  # as in benchmarks.parts
+
+    def check_cut(got: Tensor) -> None:
+        assert held <= room, "else some are dropped"
+        stated.check_rows(got, x[0], want._replace(slots=want.slots[:room]))
+
     def permute(i: int) -> Tensor:
         k = i % num_sets
         return compat.moe_permute(x[k], None, ids, EXPERTS, local, here, permuted_hidden_states=rows[k])[0]
@@ -149,6 +157,11 @@ def _elsewhere(tokens: int) -> Iterator[Operation]:
     def plan_and_dispatch(i: int) -> Tensor:
         k = i % num_sets
         return bridge.dispatch(x[k], bridge.plan_dispatch(ids, local, expert_map=here), out=rows[k])
+
+    def with_room(i: int) -> Tensor:
+        k = i % num_sets
+        plan = bridge.plan_dispatch(ids, local, expert_map=here, max_rows=room)
+        return bridge.dispatch(x[k], plan, out=rows[k][:room])
 
     inverse = want.rows.where(want.rows >= 0, pairs - 1)  # vLLM's kernel takes no negative ones
 
@@ -167,6 +180,9 @@ def _elsewhere(tokens: int) -> Iterator[Operation]:
     ours = Entry(plan_and_dispatch, check_rows, (rows[0],))
     size = (used + pairs) * row + pairs * 12  # all rows are written
     yield make(f"plan + dispatch, {name}", bytes=size, ours=ours, peers=theirs)
+    ours = Entry(with_room, check_cut, (rows[0],))
+    size = (used + room) * row + pairs * 8 + room * 4
+    yield make(f"plan + dispatch, {name}, max_rows", bytes=size, ours=ours, peers=theirs)
     for filled in rows:
         filled.normal_()
     if permutes:

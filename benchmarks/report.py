@@ -27,6 +27,7 @@ SHOWN = (
     "unpermute, vLLM's form",
     "step deepseek-v3",
     "plan + dispatch, an eighth of the experts here",
+    "plan + dispatch, an eighth of the experts here, max_rows",
     "permute, vLLM's form, an eighth of the experts here",
     "unpermute, vLLM's form, an eighth of the experts here",
     "layer",

@@ -204,9 +204,17 @@ def test_elsewhere() -> None:
     assert [(one.name, *one.peers) for one in found] == [
         (f"permute, vLLM's form, {here}", "vLLM moe_permute"),
         (f"plan + dispatch, {here}", "vLLM moe_permute"),
+        (f"plan + dispatch, {here}, max_rows", "vLLM moe_permute"),
         (f"unpermute, vLLM's form, {here}", "vLLM moe_unpermute"),
     ]
     assert found[0].bytes < found[1].bytes
+
+
+def test_elsewhere_with_room_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens enough for there to be fewer rows than pairs."""
+    monkeypatch.setattr(movement, "WIDTH", 8)
+    found = run(movement._elsewhere(40))
+    assert found[0].bytes < found[2].bytes < found[1].bytes
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
