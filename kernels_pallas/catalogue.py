@@ -306,6 +306,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _combine("bfloat16", BF16, 4096),
     _combine("bfloat16, 1024 tokens", BF16, 1024),
     _combine("bfloat16, up to where rows end", BF16, 64, ends=True),
+    _combine("bfloat16, 2048 tokens, up to where rows end", BF16, 2048, ends=True),
     _combine("bfloat16, over 2**31 elements, into out", BF16, LONG, aliased=True),
     _combine("float32, over 2**31 elements", F32, LONG),
     _combine("float16, unweighted, ragged width", F16, 512, 1000, weights=None),

@@ -19,6 +19,8 @@ class Config:
     num_warps: int
     by_token: bool = False  # a token's columns one after another: better where rows come from memory, not the cache
     once: bool = False  # rows that have been read, and sums, leave the cache first, and rows still to be read stay
+    pieces: int = 1  # the columns are done in so many, where every slot of a token has a row
+    apart: bool = False  # where some have none, one row after another is read: those that are there
 
 
 @remembered
@@ -26,10 +28,14 @@ def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: 
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     itemsize = jnp.dtype(dtype).itemsize
     # One warp, 16 bytes a lane, or twice 16: as fast where every slot has a row. Where few do, experts being elsewhere,
-    # a GPU is busy with beginning programs, of which there are half as many then. Measured on H100s and an H200.
-    columns = min(next_power_of_2(width), (512 if num_tokens <= 64 else 1024) // itemsize)
+    # a GPU is busy with beginning programs, of which there are half as many then, or a quarter. Measured on H100s and
+    # H200s.
+    many = num_tokens > 512
+    size = 512 if num_tokens <= 64 else 1024 if num_tokens <= 1024 else 2048  # of a program's columns, in bytes
+    columns = min(next_power_of_2(width), size // itemsize)
+    pieces = max(columns * itemsize // 1024, 1)
     once = target == "cuda" and num_tokens * num_slots * width * itemsize <= PAST_CACHE
-    return Config(columns=columns, num_warps=1, by_token=num_tokens > 512, once=once)
+    return Config(columns=columns, num_warps=1, by_token=many, once=once, pieces=pieces, apart=many)
 
 
 @remembered
@@ -50,19 +56,43 @@ def _combine_kernel(
     if config.by_token:
         tiles = pl.cdiv(width, config.columns)
         token, tile = token // tiles, token % tiles
-    col = tile * config.columns + iota((config.columns,), 0)
-    in_row = col < width
-    total, policy = jnp.zeros((config.columns,), jnp.float32), "evict_first" if config.once else None
-    for slot in range(num_slots):
-        row = rows_ref[token, slot]
-        if end is not None:
-            row = jnp.where(row < end, row, -1)
-        at, mask = x_ref.at[jnp.maximum(row, 0), column + col], in_row & (row >= 0)
+    policy = "evict_first" if config.once else None
+    rows = [rows_ref[token, slot] for slot in range(num_slots)]
+    if end is not None:
+        rows = [jnp.where(row < end, row, -1) for row in rows]
+
+    def add(total: jax.Array, slot: int, col: jax.Array, mask: Any) -> jax.Array:
+        at = x_ref.at[jnp.maximum(rows[slot], 0), column + col]
         x = load(at, mask=mask, other=0.0, eviction_policy=policy).astype(jnp.float32)
         if weights_ref is not None:  # a dropped pair adds nothing, whatever its weight
-            x = x * jnp.where(row >= 0, weights_ref[token, slot].astype(jnp.float32), 0.0)
-        total = total + x
-    store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=in_row, eviction_policy=policy)
+            x = x * jnp.where(rows[slot] >= 0, weights_ref[token, slot].astype(jnp.float32), 0.0)
+        return total + x
+
+    def at_once(first: Any, columns: int) -> None:
+        """The rows of all slots are on their way together."""
+        col, total = first + iota((columns,), 0), jnp.zeros((columns,), jnp.float32)
+        for slot in range(num_slots):
+            total = add(total, slot, col, (col < width) & (rows[slot] >= 0))
+        store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=col < width, eviction_policy=policy)
+
+    def apart() -> None:
+        """A row is read if it is there: fewer registers, so that more programs, or columns, are on their way."""
+        col, total = tile * config.columns + iota((config.columns,), 0), jnp.zeros((config.columns,), jnp.float32)
+        for slot in range(num_slots):
+            more = functools.partial(add, total, slot, col, col < width)
+            total = jax.lax.cond(rows[slot] >= 0, more, lambda total=total: total)
+        store(out_ref.at[token, col], total.astype(out_ref.dtype), mask=col < width, eviction_policy=policy)
+
+    def in_pieces() -> None:
+        columns = config.columns // config.pieces
+        for piece in range(config.pieces):
+            at_once(tile * config.columns + piece * columns, columns)
+
+    if not config.apart:
+        in_pieces()
+        return
+    least = functools.reduce(jnp.minimum, rows)
+    jax.lax.cond(least >= 0, in_pieces, apart)
 
 
 def combine(

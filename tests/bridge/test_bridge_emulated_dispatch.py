@@ -116,9 +116,12 @@ def test_permute_maps(local: int, offset: int, emulator: Emulator) -> None:
 DTYPES = {"bfloat16": (BF16, 8, 0), "float32, shifted": (F32, 24, 1), "float16, odd width": (F16, 37, 0)}
 
 
+@pytest.mark.parametrize("tokens", [11, 1025], ids=["", "combined as many tokens are"])
 @pytest.mark.parametrize("kind", DTYPES)
-def test_dispatch_and_back(kind: str, emulator: Emulator) -> None:
+def test_dispatch_and_back(kind: str, tokens: int, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows out and back, with dropped pairs and rows that hold nothing; then both gradients' kernels."""
+    config_for = dispatch.combine_kernels.config_for
+    monkeypatch.setattr(dispatch.combine_kernels, "config_for", lambda _, *args: config_for(tokens, *args))
     dtype, width, offset = DTYPES[kind]
     case = PlanCase("", 5, align=4, tokens=11, ids=drawn(-1, 5))
     found = plan(emulator, case)

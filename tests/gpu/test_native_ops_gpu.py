@@ -106,6 +106,23 @@ def test_plan_dispatch_and_combine(case: PlanCase, layout: str) -> None:
         check_combine(array(y), array(rows), plan_of(plan), weights)
 
 
+@pytest.mark.parametrize("through", ["native", "pallas"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_tokens_sum_is_the_same_among_many(dtype: str, through: str) -> None:
+    """To the bit: many tokens have other tiles than few, and rows that are read apart where some are dropped."""
+    drawn = np.random.default_rng(0)
+    ids = np.where(drawn.random((1000, 8)) < drawn.integers(0, 3, (1000, 1)) / 2, -1, drawn.integers(0, 16, (1000, 8)))
+    plan = bridge.plan_dispatch(tensor(ids.astype(np.int32)), 16)
+    rows, weights = tensor(cases.normal(0, 8000, 1500, dtype=dtype)), tensor(cases.normal(1, 1000, 8, scale=0.1))
+    many = bridge.combine(rows, plan, weights, implementation=through)
+    assert {0, 8} < set((ids >= 0).sum(axis=1).tolist())
+    for part in (slice(0, 40), slice(700, 1000)):
+        some = plan._replace(rows=plan.rows[part].clone())
+        few = bridge.combine(rows, some, weights[part].clone(), implementation=through)
+        assert torch.equal(many[part], few)
+    check_combine(array(many), array(rows), plan_of(plan), array(weights))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", ["bfloat16 bfloat16", "bfloat16 float32", "float32 float32", "float16 bfloat16"])
 @pytest.mark.parametrize("tokens", [0, 1, 64, 300])

@@ -77,11 +77,12 @@ def test_tokens_of_a_program(num_tokens: int, num_experts: int, num_slots: int, 
 
 @pytest.mark.parametrize("width", [64, 200, 513])
 def test_combine_by_token(width: int) -> None:
-    """The same tiles in another order: full ones, one that ends early, and several a row."""
+    """Other tiles in another order, and of tokens some of whose slots have no row these one after another."""
     x, weights = normal(1, 15, width), normal(2, 5, 3)
     rows = jnp.asarray([[3, 0, 14], [-1, 2, 5], [1, 4, 6], [7, -1, -1], [8, 9, 10]], jnp.int32)
-    few, many = (combine.config_for(n, 3, width, jnp.float32, "cuda") for n in (512, 513))
-    assert (few.by_token, many.by_token) == (False, True)
+    few, many = (combine.config_for(n, 3, width, jnp.float32, "cuda") for n in (512, 1025))
+    assert (few.by_token, many.by_token) == (few.apart, many.apart) == (False, True)
+    assert (few.pieces, many.pieces) == (1, 2 if width > 256 else 1)
     expected = combine.combine(x, rows, weights, config=few, interpret=True)
     got = combine.combine(x, rows, weights, config=many, interpret=True)
     np.testing.assert_array_equal(got, expected, strict=True)
@@ -92,18 +93,23 @@ def test_combine_by_token(width: int) -> None:
 
 def test_columns_that_combine_takes() -> None:
     """As measured on H100s and an H200."""
-    columns = [combine.config_for(tokens, 8, 7168, jnp.bfloat16, "cuda").columns for tokens in (1, 64, 65, 40960)]
-    assert columns == [256, 256, 512, 512]
+    sizes = (1, 64, 65, 512, 513, 1024, 1025, 40960)
+    configs = [combine.config_for(tokens, 8, 7168, jnp.bfloat16, "cuda") for tokens in sizes]
+    assert [config.columns for config in configs] == [256, 256, 512, 512, 512, 512, 1024, 1024]
+    assert [config.pieces for config in configs] == [1] * 6 + [2] * 2
+    assert [config.apart for config in configs] == [False] * 4 + [True] * 4
 
 
+@pytest.mark.parametrize("tokens", [5, 1025])
 @pytest.mark.parametrize("end", [0, 7, 15])
-def test_combine_up_to_an_end(end: int) -> None:
-    """Rows at or past it add nothing, as if they had been dropped, even where they hold NaN."""
+def test_combine_up_to_an_end(end: int, tokens: int) -> None:
+    """Rows at or past it add nothing, as if they had been dropped, even where they hold NaN; of few tokens and many."""
     x, weights = normal(1, 15, 64).at[end:].set(jnp.nan), normal(2, 5, 3)
     rows = jnp.asarray([[3, 0, 14], [-1, 2, 5], [1, 4, 6], [7, -1, -1], [8, 9, 10]], jnp.int32)
     ends = jnp.asarray([end, 0], jnp.int32)
-    got = combine.combine(x, rows, weights, end=ends, interpret=True)
-    wanted = combine.combine(x, jnp.where(rows < end, rows, -1), weights, interpret=True)
+    config = combine.config_for(tokens, 3, 64, jnp.float32, "cuda")
+    got = combine.combine(x, rows, weights, end=ends, config=config, interpret=True)
+    wanted = combine.combine(x, jnp.where(rows < end, rows, -1), weights, config=config, interpret=True)
     np.testing.assert_array_equal(got, wanted, strict=True)
     assert np.isfinite(got).all()
 
