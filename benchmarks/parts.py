@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,10 +39,20 @@ def room(tokens: int) -> int:
     return int(expected_rows(tokens * TOP_K, EXPERTS, HERE, None) * ROOM) + 64
 
 
+def _ids(tokens: int) -> Tensor:
+    """Distinct ids for each token, the same on every run: the first draw with as many pairs here as are expected."""
+    for seed in itertools.count():
+        generator = torch.Generator(operation.DEVICE).manual_seed(seed)
+        drawn = torch.rand(tokens, EXPERTS, device=operation.DEVICE, generator=generator)
+        ids = drawn.argsort(dim=1)[:, :TOP_K].int().contiguous()
+        if int((ids < HERE).sum()) == expected_rows(tokens * TOP_K, EXPERTS, HERE, None):
+            return ids
+    raise AssertionError
+
+
 def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(ids [T, k], weights [T, k], gate_up, down, expert_map), experts as Hugging Face keeps them."""
-    device = operation.DEVICE
-    ids = torch.rand(tokens, EXPERTS, device=device).argsort(dim=1)[:, :TOP_K].int().contiguous()
+    device, ids = operation.DEVICE, _ids(tokens)
     weights = torch.rand(tokens, TOP_K, device=device)
     gate_up = random(HERE, 2 * INNER, WIDTH).mul_(WIDTH**-0.5).mT
     down = random(HERE, WIDTH, INNER).mul_(INNER**-0.5).mT

@@ -110,6 +110,7 @@ def blocks(device: str, tokens: int, slots: int, *, here: bool = False, named: b
     rows, _, *maps = vllm.moe_permute(x, None, ids, 73, 9 if expert_map is not None else -1, expert_map)
     out, weights = torch.empty_like(x), _random(device, 7, tokens, slots)
     vllm.moe_unpermute(out, rows, weights, maps[1], maps[0])
+    rows[int(maps[0][-1]) :] = 0  # which a GPU leaves as they were
     return [*aligned, rows, *maps, out]
 
 
@@ -184,6 +185,7 @@ def parts() -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
             functools.partial(moved, tokens=tokens, slots=slots, align=align, width=8 if tokens > 1000 else WIDTH),
         )
     yield "pairs, mapped, any width", functools.partial(moved, tokens=50, slots=3, align=8, mapped=True, width=77)
+    yield "pairs, columns in pieces", functools.partial(moved, tokens=1100, slots=5, align=1, width=1100)
     for tokens, align in ((37, 1), (37, 4), (1100, 1), (1100, 4)):
         yield (
             f"{tokens} x 5 pairs, align {align}, cut",

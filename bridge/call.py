@@ -34,10 +34,10 @@ def call(
       options: whatever else it takes; hashable where gradients are asked for.
       strided: the arguments whose rows may lie apart.
       no_gradient: the arguments that get none.
-      out: a pytree of tensors that the function can take as `out`, or None.
+      out: a pytree of tensors that the function can take as `out`, for what it returns first; or None.
 
     Returns:
-      What the function returns, tensors in place of arrays; `out` itself where it is given.
+      What the function returns, tensors in place of arrays, of `out` where it is given; `out` itself if it is for all.
     """
     named, structure = _named(arguments)
     outs, out_structure = _named({} if out is None else {"out": out})
@@ -86,9 +86,13 @@ def _call(
     )
     if out is None:
         return jax.tree.map(export_array, results)
-    for (name, tensor), result in zip(outs, jax.tree.leaves(results), strict=True):
+    found, result_structure = jax.tree.flatten(results)
+    for (name, tensor), result in zip(outs, found, strict=False):
         _settle(name, tensor, result)
-    return out
+    if len(found) == len(outs):
+        return out
+    filled = [*(tensor for _, tensor in outs), *map(export_array, found[len(outs) :])]
+    return jax.tree.unflatten(result_structure, filled)
 
 
 def _named(tree: Any) -> tuple[Named, Any]:

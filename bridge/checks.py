@@ -28,6 +28,17 @@ def check_no_gradient(**tensors: torch.Tensor | None) -> None:
                 raise ValueError(f"out: expected None where {name} requires grad; use torch.no_grad()")
 
 
+def check_gradients_of_out(outs: dict[str, torch.Tensor | None], **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError where what is written to, or one of the tensors that are read, asks for a gradient.
+
+    To be called before the op, where torch.compile sees it: what it hands to the op has lost that.
+    """
+    check_no_gradient(**tensors)
+    for name, tensor in outs.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: expected a tensor without requires_grad, got one that requires grad")
+
+
 def check(name: str, tensor: Any, sizes: Sequence[Any], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """Raises ValueError unless `tensor` has one of `dtypes` and these sizes; a letter stands for any."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and len(tensor.shape) == len(sizes):
@@ -96,13 +107,11 @@ def row_stride(name: str, tensor: torch.Tensor) -> int:
 
 def check_out(outs: dict[str, torch.Tensor | None], ins: dict[str, torch.Tensor | None]) -> None:
     """Raises ValueError where writing to `outs` would reach another tensor's memory or a graph of autograd."""
-    check_no_gradient(**ins)
+    check_gradients_of_out(outs, **ins)
     taken = [(name, *extent(tensor)) for name, tensor in ins.items() if tensor is not None]
     for name, tensor in outs.items():
         if tensor is None:
             continue
-        if tensor.requires_grad:
-            raise ValueError(f"{name}: expected a tensor without requires_grad, got one that requires grad")
         begin, end = extent(tensor)
         for other, first, last in taken:
             if begin < last and first < end:

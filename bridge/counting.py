@@ -77,9 +77,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "weighted_experts_out": lambda *args: layer.weighted_experts((None, args[-2], LEFT), *args[:-3], args[-1]),
 }
 # Whose a kernel is, where an op does not have a function's name.
+_OF_WEIGHTED = {"gated_matmul": "experts", "grouped_matmul": "experts", "combine": "combine"}
 _OWNERS = {
     "route_out": {"route": "route", "count_load": "route"},
-    "weighted_experts": {"gated_matmul": "experts", "grouped_matmul": "experts", "combine": "combine"},
+    "weighted_experts": _OF_WEIGHTED,
+    "weighted_experts_out": _OF_WEIGHTED,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_no_gradient, most_rows
+from bridge.checks import INT32, check, check_gradients_of_out, most_rows
 from bridge.ops import dispatch as ops
 from bridge.ops import plan_dispatch as plan_ops
 from jaxmoe.config import as_int
@@ -138,7 +138,7 @@ def dispatch_rows(
         if out is None:
             return path.at_once(ops.dispatch, x, plan.rows, plan.slots, clear)
         _check_tensor("out", out)
-        check_no_gradient(x=x)  # here, where torch.compile sees it
+        check_gradients_of_out({"out": out}, x=x)
         path.check_no_tangents(x=x)
         ops.dispatch_out(x, plan.rows, plan.slots, out, clear)
         return out
@@ -183,7 +183,7 @@ def combine(
         if out is None:
             return path.at_once(ops.combine, rows, plan.rows, plan.slots, weights)
         _check_tensor("out", out)
-        check_no_gradient(rows=rows, weights=weights)  # here, where torch.compile sees it
+        check_gradients_of_out({"out": out}, rows=rows, weights=weights)
         path.check_no_tangents(rows=rows, weights=weights)
         ops.combine_out(rows, plan.rows, plan.slots, weights, out)
         return out

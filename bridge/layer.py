@@ -11,10 +11,10 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_at_least_one, check_no_gradient, most_rows
+from bridge.checks import INT32, check, check_at_least_one, check_gradients_of_out, most_rows
 from bridge.ops import layer as ops
 from bridge.ops.experts import as_they_lie, check_activation, check_weight
-from bridge.routing import Routing, check_count, count, route, router_logits, without_gradient
+from bridge.routing import Routing, check_count, count, without_gradient
 from bridge.views import is_view
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
@@ -66,7 +66,8 @@ def fused_experts(
         to a multiple of eight (through JAX maybe more). Pairs that do not fit are dropped, those of the last experts
         first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
       activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
-      out: [T, H] of x's dtype to write into; the same tensor is returned. On the CPU that is a copy.
+      out: [T, H] of x's dtype to write into, contiguous memory of its own; the same tensor is returned, without
+        gradients. On the CPU that is a copy.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
@@ -92,7 +93,7 @@ def fused_experts(
         given = x, experts, weights, gate_up, down, expert_map, max_rows, activation
         if out is None:
             return path.at_once(ops.fused_experts, *given)
-        check_no_gradient(x=x, weights=weights, gate_up=gate_up, down=down)  # here, where torch.compile sees it
+        check_gradients_of_out({"out": out}, x=x, weights=weights, gate_up=gate_up, down=down)
         path.at_once(ops.fused_experts_out, *given, out)
         return out
     arguments = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
@@ -160,7 +161,8 @@ def moe(
       expert_map: int32 [num_expert_ids], id -> local expert, -1 for one that is not here.
       max_rows: as for `fused_experts`, with which to compare sums of routing.load.
       activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
-      out: [T, H] of x's dtype to write y into; y is the same tensor then. On the CPU that is a copy.
+      out: [T, H] of x's dtype to write y into, contiguous memory of its own; y is the same tensor then, without
+        gradients. On the CPU that is a copy.
       implementation: "native" or None on a GPU; "pallas", "interpret" or "xla" through JAX (None off a GPU: "xla").
 
     Returns:
@@ -184,15 +186,6 @@ def moe(
     max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
         return _moe(x, params, config, num_valid_tokens, expert_map, max_rows, activation, out)
-    if out is not None:  # `call` writes to all that a function returns, or to nothing
-        _check(x, params, config, expert_map, activation, None)
-        how: dict[str, Any] = {"implementation": implementation}
-        _check_no_gradient(x, params)
-        logits = router_logits(x, params.router, **how)
-        chosen = route(logits, params.bias, config=config, num_valid_tokens=num_valid_tokens, **how)
-        of_experts = chosen.experts, chosen.weights, params.gate_up, params.down
-        how |= {"expert_map": expert_map, "max_rows": max_rows, "activation": activation, "out": out}
-        return fused_experts(x, *of_experts, **how), chosen
     arguments = {
         "x": x,
         "params": jaxmoe.MoEParams(**params._asdict()),
@@ -207,11 +200,11 @@ def moe(
     }
     function: Callable[..., Any] = jaxmoe.moe
     if is_view(params.gate_up) or is_view(params.down):
-        _check(x, params, config, expert_map, activation, None)  # in the words of jaxmoe.moe, which is not called
+        _check(x, params, config, expert_map, activation, out)  # in the words of jaxmoe.moe, which is not called
         gate_up, down, options["transposed"] = _as_they_lie(params.gate_up, params.down, "params.")
         arguments["params"] = dataclasses.replace(arguments["params"], gate_up=gate_up, down=down)
         function = _of_views
-    y, routing = call(function, arguments, options, no_gradient=("params.bias",))
+    y, routing = call(function, arguments, options, no_gradient=("params.bias",), out=out)
     return y, Routing(*routing)
 
 
@@ -275,11 +268,6 @@ def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any, act
     _check_choices(x, activation, out)
 
 
-def _check_no_gradient(x: torch.Tensor, params: MoEParams) -> None:
-    asked = {f"params.{name}": value for name, value in params._asdict().items() if name != "bias"}
-    check_no_gradient(x=x, **asked)
-
-
 def _moe(
     x: torch.Tensor,
     params: MoEParams,
@@ -298,5 +286,6 @@ def _moe(
     if out is None:
         y, *routing = path.at_once(ops.moe, *given)
         return y, Routing(*routing)
-    _check_no_gradient(x, params)  # here, where torch.compile sees it
+    asked = {f"params.{name}": value for name, value in params._asdict().items() if name != "bias"}
+    check_gradients_of_out({"out": out}, x=x, **asked)
     return out, Routing(*path.at_once(ops.moe_out, *given, out))

@@ -36,6 +36,11 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def is_memory(*tensors: torch.Tensor | None) -> bool:
+    """Whether all of them have an address: not where torch traces, nor where there are shapes alone."""
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_meta) for tensor in tensors)
+
+
 def at_once(op: Callable[..., Any], *args: Any) -> Any:
     """op(*args), past what torch does around an op that has a gradient where nobody asks for one (`is_eager`)."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]

@@ -11,7 +11,7 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_layout, check_no_gradient
+from bridge.checks import INT32, check, check_gradients_of_out, check_layout
 from bridge.ops import layer as layer_ops
 from bridge.ops import routing as ops
 from jaxmoe import RoutingConfig
@@ -102,10 +102,11 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
         return Routing(weights, experts, load if return_load else None)
     _check_out(out, return_load)
     weights, experts, load = out
-    for name, tensor in zip(Routing._fields, out, strict=True):
+    outs = {f"out.{name}": tensor for name, tensor in zip(Routing._fields, out, strict=True)}
+    for name, tensor in outs.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"out.{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    check_no_gradient(logits=logits)  # here, where torch.compile sees it
+            raise ValueError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_gradients_of_out(outs, logits=logits)
     ops.route_out(logits, bias, valid, number, config.json, weights, experts, load)
     return out if type(out) is Routing else Routing(*out)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.arguments import FLOATS, check_array, check_dtype, half
-from jaxmoe.config import RoutingConfig
+from jaxmoe.config import RoutingConfig, as_int
 from jaxmoe.layer import MoEParams
 from jaxmoe.shared import SharedMLP
 
@@ -42,7 +42,7 @@ def _mlps(config: RoutingConfig, fused: bool) -> list[tuple[str, int, int, int]]
 
 def _check_block_size(block_size: Any) -> None:
     fits = isinstance(block_size, (tuple, list)) and len(block_size) == 2
-    if not fits or any(type(size) is not int or size < 1 for size in block_size):
+    if not fits or any(type(as_int(size)) is not int or size < 1 for size in block_size):
         raise ValueError(f"block_size: expected two positive ints, rows and columns, got {block_size!r}")
 
 
@@ -84,8 +84,8 @@ def _read_weight(
         return np.asarray(value)
     (rows, columns), scales = value.shape, tensors[scales_name]
     check_array(scales_name, scales, (-(-rows // block_size[0]), -(-columns // block_size[1])))
-    weight = VALUES[np.asarray(value).view(np.uint8)]
-    weight *= np.kron(np.asarray(scales).astype(np.float32), np.ones(block_size, np.float32))[:rows, :columns]
+    weight, of_rows = VALUES[np.asarray(value).view(np.uint8)], np.arange(rows) // block_size[0]
+    weight *= np.asarray(scales).astype(np.float32)[of_rows][:, np.arange(columns) // block_size[1]]
     return weight.astype(dequantised)
 
 
@@ -159,7 +159,8 @@ def load_hf_moe(
         end may be smaller. Plain weights have none.
 
     Returns:
-      `MoEParams`; with fuse_shared_experts=False (MoEParams, SharedMLP).
+      `MoEParams`; with fuse_shared_experts=False (MoEParams, SharedMLP). Activations are not among the tensors: the
+      SharedMLP's is silu, and `dataclasses.replace(shared, activation=...)` has another.
 
     Raises:
       ValueError: names the tensor that is missing, superfluous, or of the wrong shape or dtype; or the argument. So for

@@ -192,7 +192,7 @@ def move(
 
     if 0 in (rows.shape[0], slots.shape[0], x.shape[1]):  # rows that hold no token, if any
         return jnp.zeros((slots.shape[0], x.shape[1]), dtype)
-    return run(implementation, kernels, xla, x, rows, slots, scale, out, end)
+    return run(implementation, kernels, xla, x, rows, slots, scale, out, end, out=4)
 
 
 def gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, out: Any, dtype: Any) -> jax.Array:
@@ -218,7 +218,7 @@ def gather(implementation: str | None, x: Rows, rows: jax.Array, weights: Any, o
 
     if 0 in (rows.shape[0], *x.shape):
         return jnp.zeros((rows.shape[0], x.shape[1]), dtype)
-    return run(implementation, kernels, xla, x, rows, weights, out)
+    return run(implementation, kernels, xla, x, rows, weights, out, out=3)
 
 
 def _no_gradient(x: jax.Array) -> Any:

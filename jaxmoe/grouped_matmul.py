@@ -179,8 +179,9 @@ def grouped_matmul(
       group_sizes: int32 [E], how many rows each expert has: not negative, their sum at most M.
       transposed: whether each weight lies as N lines of K, as Hugging Face transformers and torch.nn.Linear have it. It
         is read as it lies, never copied.
-      align: what group_sizes are multiples of, as a plan with this `align` has them. It is taken on trust, and changes
-        no result: with a multiple of 64, and many rows, Hopper GPUs go faster. If it is not so, they mix groups up.
+      align: what group_sizes are multiples of, as a plan with this `align` has them. With multiples of 64, M being one,
+        too, Hopper GPUs go faster where there are many rows. It is taken on trust: if it is not so, what comes out
+        there may be anything.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:

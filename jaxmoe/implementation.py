@@ -123,17 +123,23 @@ def compiled(function: Callable[..., Any], *, out: int | None = None) -> Callabl
     return jax.jit(entry, static_argnums=0, donate_argnums=() if out is None else out, keep_unused=True)
 
 
-def _with_derivative(kernels: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_derivative(
+    kernels: Callable[..., Any], plain: Callable[..., Any], out: int | None = None
+) -> Callable[..., Any]:
     """`kernels`, whose derivative is that of `plain`: for second derivatives, as the first have kernels of their own.
 
-    Also where `plain` is what runs, since JAX takes the derivative of all that could.
+    Also where `plain` is what runs, since JAX takes the derivative of all that could. The argument at `out` is written
+    over, so it is not kept, and has no gradient; `plain` does not read it.
     """
 
     @jax.custom_vjp
     def call(*args: Any) -> Any:
         return kernels(*args)
 
-    call.defvjp(lambda *args: (kernels(*args), args), lambda args, grads: jax.vjp(plain, *args)[1](grads))
+    def forward(*args: Any) -> tuple[Any, Any]:
+        return kernels(*args), [None if i == out else arg for i, arg in enumerate(args)]
+
+    call.defvjp(forward, lambda args, grads: jax.vjp(plain, *args)[1](grads))
 
     def entry(*args: Any) -> Any:
         floats = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(args))
@@ -142,8 +148,13 @@ def _with_derivative(kernels: Callable[..., Any], plain: Callable[..., Any]) -> 
     return entry
 
 
-def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any], *args: Any) -> Any:
-    """Calls `kernels` or, for "xla", `plain`. None is settled when the computation is lowered, by its platform."""
+def run(
+    implementation: str | None, kernels: Kernels, plain: Callable[..., Any], *args: Any, out: int | None = None
+) -> Any:
+    """Calls `kernels` or, for "xla", `plain`. None is settled when the computation is lowered, by its platform.
+
+    out: which argument is donated, and not read by `plain`.
+    """
     axes = _axes(args)
 
     def xla(*args: Any) -> Any:  # an argsort does not vary, for jax, where what it sorts does
@@ -152,12 +163,12 @@ def run(implementation: str | None, kernels: Kernels, plain: Callable[..., Any],
     if implementation == "xla":
         return xla(*args)
     if implementation == "interpret":
-        return _with_derivative(functools.partial(kernels, target="cuda", interpret=True), xla)(*args)
+        return _with_derivative(functools.partial(kernels, target="cuda", interpret=True), xla, out)(*args)
 
     def gpu(*args: Any, target: str) -> Any:
         run = functools.partial(kernels, target=target, interpret=False)
         # What comes of the Mosaic GPU backend does not vary, for jax.
-        return _with_derivative(lambda *args: _varying(run(*args), axes), xla)(*args)
+        return _with_derivative(lambda *args: _varying(run(*args), axes), xla, out)(*args)
 
     per_platform: dict[str, Callable[..., Any]] = {
         platform: functools.partial(gpu, target=platform) for platform in GPU_PLATFORMS

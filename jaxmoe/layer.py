@@ -167,7 +167,8 @@ def fused_experts(
         to a multiple of eight; some devices have room for more. Pairs that do not fit are dropped, those of the last
         experts first, as if their ids were negative: compare it with the load of the experts here. None: for all T * S.
       activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
-      out: [T, H] of x's dtype to write into: donated, and deleted as JAX does with what is donated.
+      out: [T, H] of x's dtype to write into: donated, and deleted as JAX does with what is donated. (`jax.checkpoint`
+        keeps what goes in: under it there has to be a `jax.jit` around.)
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:
@@ -204,7 +205,9 @@ def fused_experts(
         check_array("out", out, x.shape, (x.dtype,))
         arguments.check_out(out, [x, experts, weights, gate_up, down, expert_map])
     check_implementation(implementation, x, experts, weights, gate_up, down)
-    arguments.check_one_device(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, out=out)
+    arguments.check_one_device(
+        x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, expert_map=expert_map, out=out
+    )
     check_not_sharded(x=x, experts=experts, weights=weights, gate_up=gate_up, down=down, expert_map=expert_map)
 
     num_here, max_rows = gate_up.shape[0], rows_of(max_rows)
@@ -303,7 +306,7 @@ def moe(
     if out is not None:
         check_array("out", out, x.shape, (x.dtype,))
         arguments.check_out(out, [x, params, num_valid_tokens, expert_map])
-    arguments.check_one_device(x=x, params=params, out=out)
+    arguments.check_one_device(x=x, params=params, expert_map=expert_map, out=out)
     check_not_sharded(x=x, params=params)
 
     logits = checkpoint_name(router_logits(x, params.router, implementation=implementation), "moe_logits")

@@ -241,6 +241,7 @@ class MoE(nnx.Module):
                 raise ValueError(f"shared: expected None or a SharedMLP, got {type(shared).__name__}")
             check_array("shared.down", shared.down, ("W", hidden))
             width = shared.down.shape[0]
+            check_activation(activation)
             if shared.activation != activation:
                 raise ValueError(f"shared.activation: expected activation={activation!r}, got {shared.activation!r}")
 

@@ -247,7 +247,7 @@ def _product(rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpo
     """float32 [M, N]."""
     out = _ragged_dot(rows, weight, group_sizes, (1, 2 if transposed else 1), True)
     # Past the last group ragged_dot leaves zeros on some backends and anything on others.
-    used = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes)
+    used = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)
     return jnp.where(used[:, None], out, 0.0)
 
 

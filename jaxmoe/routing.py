@@ -68,7 +68,7 @@ def _forward(
             return results
         return *results[:2], count_load(results[1], results[2], target=target, interpret=interpret)
 
-    return run(implementation, kernels, xla, logits, bias, valid, out)
+    return run(implementation, kernels, xla, logits, bias, valid, out, out=3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

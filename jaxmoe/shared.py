@@ -24,7 +24,8 @@ class SharedMLP:
     Attributes:
       gate_up: [H, 2 * W]: columns [0, W) are the gate, [W, 2 * W) the up projection.
       down: [W, H].
-      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh". Not an array: part of the tree's structure.
+      activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh". It is no array but part of the tree's
+        structure, which checkpoints of arrays do not hold.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxmoe

@@ -16,8 +16,10 @@ from bridge.ops import layer
 from bridge.views import import_rows
 from jaxmoe import RoutingConfig
 
-# What the kernels call an activation of transformers.
-_ACTIVATIONS = {
+# What the kernels call an activation: a function of torch, as LFM2's experts have it, or a module of transformers, of
+# this very type, since a subclass may compute something else.
+_ACTIVATIONS: dict[Any, str] = {torch.nn.functional.silu: "silu", torch.nn.functional.gelu: "gelu"}
+_ACTIVATIONS |= {
     type(ACT2FN[name]): ours
     for name, ours in {
         "silu": "silu",
@@ -130,7 +132,7 @@ def _gated_by(experts: Any) -> str | None:
         return None
     # A class without a gate of its own has been given one by transformers.
     usual = experts._apply_gate.__module__ == use_experts_implementation.__module__
-    return _ACTIVATIONS.get(type(experts.act_fn)) if usual else None
+    return _ACTIVATIONS.get(type(experts.act_fn), _ACTIVATIONS.get(experts.act_fn)) if usual else None
 
 
 def _mlp(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bridge import path
-from bridge.checks import check_no_gradient
+from bridge.checks import check_out
 from bridge.ops.library import LIBRARY, register_batch
 from bridge.ops.plan_dispatch import plan_dispatch
 from bridge.ops.routing import route, router_logits
@@ -50,6 +50,13 @@ def _fused_experts(
     return weighted(x, plan, weights, gate_up, down, num_ids, activation)
 
 
+def _check_out(out: Tensor, **given: Tensor | None) -> None:
+    """Raises ValueError where writing to `out` would reach what is read, or what has a graph."""
+    path.check_no_tangents(**given)
+    if path.is_memory(out, *given.values()):
+        check_out({"out": out}, given)
+
+
 def _fused_experts_out(
     x: Tensor,
     experts: Tensor,
@@ -61,9 +68,8 @@ def _fused_experts_out(
     activation: str,
     out: Tensor,
 ) -> None:
-    given = {"x": x, "weights": weights, "gate_up": gate_up, "down": down}
-    path.check_no_tangents(**given)
-    check_no_gradient(**given)
+    given = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
+    _check_out(out, **given, expert_map=expert_map)
     plan = plan_dispatch(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
     num_ids = (gate_up if expert_map is None else expert_map).shape[0]
     weighted_experts_out(x, *plan, weights, gate_up, down, num_ids, activation, out)
@@ -101,7 +107,8 @@ def _moe_out(
     activation: str,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_no_gradient(x=x, router=router, gate_up=gate_up, down=down)
+    given = {"x": x, "router": router, "bias": bias, "gate_up": gate_up, "down": down}  # before anything runs
+    _check_out(out, **given, num_valid_tokens=valid, expert_map=expert_map)
     weights, chosen, load = route(router_logits(x, router), bias, valid, number, config, True)
     _fused_experts_out(x, chosen, weights, gate_up, down, expert_map, max_rows, activation, out)
     return weights, chosen, load

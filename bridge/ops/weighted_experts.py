@@ -96,7 +96,7 @@ def _run(
     y: Tensor,
     *kept: Tensor,
 ) -> None:
-    """Fills y, and where it is given kept, with gate and up of every row."""
+    """Fills y, and `kept` where it is given, that with gate and up of every row."""
     hidden, each = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
     groups, num_slots = _groups(rows, slots, gate_up, num_ids), rows.shape[1]
     native.gated_matmul(
@@ -128,10 +128,14 @@ def _jax_out(
     return layer.weighted_experts(static, x, rows, slots, group_sizes, weights, gate_up, down, out)
 
 
-def _named(*tensors: Tensor) -> dict[str, Tensor]:
+def _read(*tensors: Tensor) -> dict[str, Tensor | None]:
     names = ("x", "rows", "slots", "group_sizes", "weights", "gate_up", "down")
-    # On a CPU alone, where nothing is fast.
-    return dict(zip(names, map(made_dense, tensors), strict=True))
+    return dict(zip(names, tensors, strict=True))
+
+
+def _named(*tensors: Tensor) -> dict[str, Tensor]:
+    """Dense: on a CPU alone, where nothing is fast."""
+    return {name: made_dense(tensor) for name, tensor in _read(*tensors).items() if tensor is not None}
 
 
 def _plain(
@@ -228,8 +232,7 @@ def _out_native(
     out: Tensor,
 ) -> None:
     _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
-    plan = {"rows": rows, "slots": slots, "group_sizes": group_sizes}
-    check_out({"out": out}, {"x": x, **plan, "weights": weights, "gate_up": gate_up, "down": down})
+    check_out({"out": out}, _read(x, rows, slots, group_sizes, weights, gate_up, down))
     _run(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
     increment_version(out)
 
@@ -247,6 +250,7 @@ def _out_plain(
     out: Tensor,
 ) -> None:
     _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
+    check_out({"out": out}, _read(x, rows, slots, group_sizes, weights, gate_up, down))  # not copies of these
     arguments = _named(x, rows, slots, group_sizes, weights, gate_up, down)
     call(_jax_out, arguments, {"activation": activation}, out=out)
 

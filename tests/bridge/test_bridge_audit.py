@@ -281,9 +281,15 @@ def test_what_lies_behind_routing_is_counted() -> None:
         given = tensors(arguments("fused_experts"), torch.device(device))
         return lambda: bridge.fused_experts(**given, max_rows=9)
 
-    counts = counting.count(make, "meta")
-    assert counts.launches == {name: KERNELS[name] for name in ("plan_dispatch", "experts", "combine")}
-    assert not counts.operations
+    def in_place(device: str) -> Callable[[], Any]:
+        given = tensors(arguments("fused_experts"), torch.device(device))
+        out = torch.empty_like(given["x"])
+        return lambda: bridge.fused_experts(**given, max_rows=9, activation="gelu", out=out)
+
+    for called in (make, in_place):
+        counts = counting.count(called, "meta")
+        assert counts.launches == {name: KERNELS[name] for name in ("plan_dispatch", "experts", "combine")}
+        assert not counts.operations
 
 
 def test_recorder_leaves_nothing_behind() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from bridge.native import experts
 from bridge.ops import weighted_experts
 from jaxmoe import layer
@@ -56,7 +57,7 @@ def test_weighted_experts(
     tensors = [emulator.put(a) for a in (x, found.rows, found.slots, found.group_sizes, weights)]
     tensors += [lay(gate_up), lay(down)]
 
-    activation = "gelu_tanh" if transposed else "silu"
+    activation = ("silu", "gelu", "gelu_tanh")[(expected + transposed) % 3]
     asked: set[int] = set()
     for module in (experts.kernels, experts.grad_kernels):
         config_for = module.config_for
@@ -66,10 +67,17 @@ def test_weighted_experts(
     y, kept = weighted_experts._native(*tensors, num_ids, activation, True)
     check_left(emulator.kept[before:], rows, end, [INNER, 2 * INNER, WIDTH])  # hidden, gate and up, what comes out
     out = tensors[0].new_empty((tokens, WIDTH))
-    before = len(emulator.kept)
+    before, version = len(emulator.kept), out._version
     weighted_experts._out_native(*tensors, num_ids, activation, out)
     check_left(emulator.kept[before:], rows, end, [INNER, WIDTH])
     assert torch.equal(out, y)
+    assert out._version > version, "autograd sees that it was written to"
+    with pytest.raises(ValueError, match=r"^out: expected memory of its own, got a tensor that overlaps x$"):
+        weighted_experts._out_native(*tensors, num_ids, activation, tensors[0])
+    with pytest.raises(ValueError, match=r"^out: expected a contiguous tensor"):
+        weighted_experts._out_native(*tensors, num_ids, activation, out.t().contiguous().t())
+    with pytest.raises(ValueError, match=r"^activation: expected one of .*, got 'relu'"):
+        weighted_experts._out_native(*tensors, num_ids, "relu", out)
 
     gated_grad, dispatch = experts.gated_grad, weighted_experts.moves.dispatch
 

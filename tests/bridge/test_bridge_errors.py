@@ -384,6 +384,53 @@ def test_out_overlaps_an_input() -> None:
     call("dispatch", x=x, out=memory[5 * 32 :].view(15, 32))  # side by side is fine
 
 
+@pytest.mark.parametrize("over", ["x", "experts", "weights", "gate_up", "down", "expert_map"])
+def test_out_of_fused_experts_overlaps(over: str, way: str) -> None:
+    """Nothing is written, on either way."""
+    check_overlap("fused_experts", over, way)
+
+
+@pytest.mark.parametrize(
+    "over",
+    ["x", *(f"params.{name}" for name in ("router", "bias", "gate_up", "down")), "num_valid_tokens", "expert_map"],
+)
+def test_out_of_moe_overlaps(over: str, way: str) -> None:
+    check_overlap("moe", over, way)
+
+
+def check_overlap(name: str, over: str, way: str) -> None:
+    """`out` begins where one of the tensors that are read begins."""
+    given = tensors(arguments(name), CPU)
+    if name == "moe":
+        given["num_valid_tokens"] = torch.tensor(4, dtype=torch.int32)
+        given["expert_map"] = torch.arange(9, dtype=torch.int32)
+    first, _, field = over.partition(".")
+    old = getattr(given[first], field) if field else given[first]
+    memory = torch.zeros(max(5 * 32, old.numel()))
+    new = memory.view(old.dtype)[: old.numel()].view(old.shape).copy_(old)
+    if field:
+        given[first] = given[first]._replace(**{field: new})
+    else:
+        given[first] = new
+    before, out = memory.clone(), memory[: 5 * 32].view(5, 32)
+    called = over if way == "dlpack" else over.removeprefix("params.")
+    with pytest.raises(ValueError, match=f"^out: expected memory of its own, got a tensor that overlaps {called}$"):
+        getattr(bridge, name)(**given, **options(name), out=out)
+    assert torch.equal(memory.view(torch.int32), before.view(torch.int32))
+
+
+def test_out_within_rows_that_lie_apart(way: str) -> None:
+    """The ops' way on a CPU makes these dense, which hides nothing."""
+    given, memory = tensors(arguments("fused_experts"), CPU), torch.zeros(5, 64)
+    memory[:, :32] = given["x"]
+    given["x"] = memory[:, :32]
+    before = memory.clone()
+    message = "memory of its own, got a tensor that overlaps x" if way == "ops" else "x: expected a contiguous tensor"
+    with pytest.raises(ValueError, match=message):
+        bridge.fused_experts(**given, **options("fused_experts"), out=memory.view(-1)[32:192].view(5, 32))
+    assert torch.equal(memory, before)
+
+
 def test_out_between_columns_is_refused() -> None:
     """A strided input reaches from its first to its last element."""
     memory = torch.zeros(5, 96)

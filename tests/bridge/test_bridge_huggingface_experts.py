@@ -11,6 +11,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.13")
 import bridge.huggingface  # noqa: E402
+from bridge.ops import layer  # noqa: E402
 from tests.bridge.test_bridge_huggingface import (  # noqa: E402
     apart,
     logits_of,
@@ -68,6 +69,49 @@ def test_experts_interface(kind: str, tokens: int) -> None:
         torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(experts(x, elsewhere, weights), without, rtol=1e-4, atol=1e-4)
         assert tokens == 0 or (expected - experts(x, (ids + 1) % 5, weights)).abs().max() > 0.05
+
+
+class OtherSilu(type(transformers.activations.ACT2FN["silu"])):  # type: ignore[misc]
+    """Computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+# What experts may have as act_fn, and what the kernels call it; None: they do not know it.
+ACTIVATIONS: dict[str, tuple[Any, str | None]] = {
+    **{name: (transformers.activations.ACT2FN[name], "silu") for name in ("silu", "swish")},
+    **{name: (transformers.activations.ACT2FN[name], "gelu") for name in ("gelu", "gelu_python")},
+    **{name: (transformers.activations.ACT2FN[name], "gelu_tanh") for name in ("gelu_new", "gelu_pytorch_tanh")},
+    **{name: (transformers.activations.ACT2FN[name], None) for name in ("gelu_10", "quick_gelu", "relu")},
+    "a subclass": (OtherSilu(), None),
+    "a function": (nn.functional.silu, "silu"),
+    "gelu's": (nn.functional.gelu, "gelu"),
+    "another": (torch.tanh, None),
+}
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told from the others, and goes the shortest way: few products differ by less than gelu's two forms do."""
+    activation, name = ACTIVATIONS[kind]
+    told: list[str | None] = []
+    weighted, experts_of, product = layer.weighted, bridge.experts, bridge.grouped_matmul
+    noted = lambda function, of: lambda *args, **how: told.append(of(how)) or function(*args, **how)
+    monkeypatch.setattr(layer, "weighted", noted(weighted, lambda how: how.get("activation", "silu")))
+    monkeypatch.setattr(bridge, "experts", noted(experts_of, lambda how: how.get("activation", "silu")))
+    monkeypatch.setattr(bridge, "grouped_matmul", noted(product, lambda how: None))
+    experts = mixtral_experts()
+    del experts.act_fn  # a module, which a function cannot take the place of
+    experts.act_fn = activation
+    x, ids, weights = torch.randn(9, 32), torch.rand(9, 8).argsort(dim=1)[:, :2], torch.rand(9, 2)
+    with torch.no_grad():
+        experts.config._experts_implementation = "eager"
+        wanted = experts(x, ids, weights)
+        experts.config._experts_implementation = "jaxmoe"
+        found = experts(x, ids, weights)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6 * float(wanted.abs().max()))
+    assert told == ([None, None] if name is None else [name])
 
 
 def mixtral_experts() -> Any:

@@ -184,7 +184,11 @@ def in_place(x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor, *stack: 
         routing = bridge.route(logits, bias, config=CONFIG, return_load=False, out=out)
         plan = bridge.plan_dispatch(routing.experts, CONFIG.num_expert_ids)
         rows = bridge.dispatch(x, plan, out=make(len(x) * slots, H))
-        return bridge.combine(rows, plan, routing.weights, out=torch.empty_like(x)), out.experts, out.weights
+        y = bridge.combine(rows, plan, routing.weights, out=torch.empty_like(x))
+        held, how = torch.full((2 * len(x), H), 7.0), {"activation": "gelu"}  # in a part of what is there already
+        bridge.fused_experts(x, routing.experts, routing.weights, *stack, out=held[len(x) :], **how)
+        whole, chosen = bridge.moe(x, bridge.MoEParams(router, *stack, bias), CONFIG, out=torch.empty_like(x), **how)
+        return y, out.experts, out.weights, held, whole, *chosen
 
 
 @pytest.mark.parametrize("function", [layer, whole, in_place])

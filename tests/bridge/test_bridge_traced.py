@@ -325,6 +325,30 @@ def test_compiled_with_out_and_a_gradient() -> None:
             torch.testing.assert_close(compiled(call)(x), call(x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_with_an_out_that_asks_for_a_gradient() -> None:
+    """What is written over has none: refused as uncompiled."""
+    ids, stack = PLAN.rows % 4, (numbers(4, 32, 12), numbers(4, 6, 32))
+    config, rows = bridge.RoutingConfig(num_experts=4, top_k=2), torch.cat([X, X])
+    params = bridge.MoEParams(numbers(4, 32), *stack)
+    logits, chosen = numbers(5, 4), torch.empty(5, 2, dtype=torch.int32)
+    calls: list[tuple[Callable[[torch.Tensor], Any], tuple[int, int]]] = [
+        (lambda out: bridge.dispatch(X, PLAN, out=out * 1), (10, 32)),
+        (lambda out: bridge.combine(rows, PLAN, torch.ones(5, 2), out=out * 1), (5, 32)),
+        (lambda out: bridge.fused_experts(X, ids, torch.ones(5, 2), *stack, out=out * 1), (5, 32)),
+        (lambda out: bridge.moe(X, params, config, out=out * 1), (5, 32)),
+        (
+            lambda out: bridge.route(logits, config=config, return_load=False, out=(out * 1, chosen, None)),
+            (5, 2),
+        ),
+    ]
+    for call, sizes in calls:
+        out = torch.zeros(sizes).requires_grad_()
+        for run in (call, compiled(call)):
+            with pytest.raises(ValueError, match=r"^out(\.weights|\.0)?: expected a tensor without requires_grad"):
+                run(out)
+
+
 def test_compiled_with_any_gradient() -> None:
     """One at an odd address is not the user's to mend."""
     run, x = compiled(lambda x: bridge.dispatch(x, PLAN), fullgraph=True), X.clone().requires_grad_()

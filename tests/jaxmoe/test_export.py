@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from typing import Any
@@ -46,7 +47,8 @@ def test_plan_columns_and_shared_experts() -> None:
     wide = normal(1, 5, 40)
     check(lambda logits: jaxmoe.route(logits, config=CONFIG), jaxmoe.Columns(wide, 9, 12))
     mlp = jaxmoe.SharedMLP(gate_up=normal(2, 8, 6), down=normal(3, 3, 8))
-    check(lambda mlp, x: mlp(x), mlp, normal(4, 5, 8))
+    for activation in ("silu", "gelu"):
+        check(lambda mlp, x: mlp(x), dataclasses.replace(mlp, activation=activation), normal(4, 5, 8))
 
 
 def test_columns_of_another_place_are_refused() -> None:

@@ -140,6 +140,30 @@ def test_second_derivatives(implementation: str) -> None:
         assert float(jnp.abs(b).max()) > 1.0
 
 
+def test_derivatives_of_what_writes_to_a_given_buffer(implementation: str) -> None:
+    """Second ones too, and around `jax.checkpoint` in a jit: what is written over is not kept for them."""
+    (params, x), on = moe_inputs(), {"implementation": implementation}
+    plan = jaxmoe.plan_dispatch(jnp.array([[0, 1], [3, 3], [2, 0]], I32), 4, implementation="xla")
+    few, rows, weights = normal(4, 3, 8), normal(5, 6, 8), normal(6, 3, 2)
+    logits, config = normal(7, 3, 4), RoutingConfig(num_experts=4, top_k=2)
+    buffers = jnp.zeros((3, 2)), jnp.zeros((3, 2), I32), jnp.zeros(4, I32)
+    calls: list[tuple[Any, jax.Array, Any]] = [
+        (lambda x, out: jaxmoe.dispatch(x, plan, out=out, **on), few, jnp.zeros((6, 8))),
+        (lambda x, out: jaxmoe.combine(x, plan, weights, out=out, **on), rows, jnp.zeros((3, 8))),
+        (lambda x, out: jaxmoe.moe(x, params, MOE, out=out, **on)[0], x, jnp.zeros_like(x)),
+        (lambda x, out: jaxmoe.route(x, config=config, out=out, **on).weights, logits, buffers),
+    ]
+    for run, given, buffer in calls:
+        out = lambda buffer=buffer: jax.tree.map(jnp.copy, buffer)
+        loss = lambda x, out, run=run: jnp.sum(jnp.sin(run(x, out)))
+        first = lambda x, out, loss=loss: jnp.sum(jax.grad(loss)(x, out) ** 2)
+        checkpointed = jax.jit(jax.grad(jax.checkpoint(loss)))
+        for derivative in (jax.grad(loss), jax.grad(first), checkpointed):
+            wanted = derivative(given, None)
+            np.testing.assert_allclose(derivative(given, out()), wanted, rtol=1e-5, atol=1e-6)
+            assert wanted.any()
+
+
 def test_second_derivatives_of_products(implementation: str) -> None:
     """Of both operands, either layout: an empty group, and rows behind the last."""
     rows, weight, sizes = normal(0, 6, 4), normal(1, 3, 4, 5), jnp.array([2, 0, 3], I32)
@@ -255,5 +279,7 @@ def test_strict_promotion(implementation: str) -> None:
     layer = lambda: jaxmoe.moe(x.astype(jnp.bfloat16), mixed, config, implementation=implementation)[0]
     want = layer()
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        jax.clear_caches()  # or nothing is traced again
-        np.testing.assert_array_equal(layer().astype(F32), want.astype(F32))
+        for wide in (False, True):
+            with jax.enable_x64(wide):
+                jax.clear_caches()  # or nothing is traced again
+                np.testing.assert_array_equal(layer().astype(F32), want.astype(F32))
