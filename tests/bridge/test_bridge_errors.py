@@ -429,6 +429,13 @@ def test_out_within_rows_that_lie_apart(way: str) -> None:
     with pytest.raises(ValueError, match=message):
         bridge.fused_experts(**given, **options("fused_experts"), out=memory.view(-1)[32:192].view(5, 32))
     assert torch.equal(memory, before)
+    if way == "ops":
+        x, ids, weights, *stack = (given[name] for name in ("x", "experts", "weights", "gate_up", "down"))
+        plan = bridge.plan_dispatch(ids, len(stack[0]))
+        with pytest.raises(ValueError, match="memory of its own, got a tensor that overlaps x"):
+            torch.ops.jaxmoe.weighted_experts_out(
+                x, *plan, weights, *stack, 6, "silu", memory.view(-1)[32:192].view(5, 32)
+            )
 
 
 def test_out_between_columns_is_refused() -> None:
