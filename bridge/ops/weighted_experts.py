@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import torch
@@ -28,11 +28,28 @@ from jaxmoe.grouped_matmul import Groups
 
 Tensor = torch.Tensor
 LEFT = Groups(clear=False)  # rows behind the last group: nobody reads them
+IN = "Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up, Tensor down"
 
 
-def _check(
-    x: Tensor, rows: Tensor, slots: Tensor, group_sizes: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> None:
+class Given(NamedTuple):
+    """What all of these ops read, first of all: tokens, a plan of them, weights, and the experts."""
+
+    x: Tensor
+    rows: Tensor
+    slots: Tensor
+    group_sizes: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(Given, what else an op takes)."""
+    return Given(*args[:7]), *args[7:]
+
+
+def _check(given: Given) -> None:
+    x, rows, slots, group_sizes, weights, gate_up, down = given
     check("x", x, ("T", "H"))
     row_stride("x", x)
     width = x.shape[1]
@@ -48,57 +65,32 @@ def _check(
     check_layout(x.device, rows=rows, slots=slots, group_sizes=group_sizes, weights=weights)
 
 
-def _fake(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """num_ids: how many ids there are, here and elsewhere, among which tokens chose."""
-    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+def _groups(given: Given, num_ids: int) -> Groups:
+    """What is known of a plan's groups, if all ids are chosen equally often."""
+    num_here, most = given.gate_up.shape[0], given.slots.shape[0]
+    return LEFT._replace(expected=layer.expected_rows(given.rows.numel(), num_ids, num_here, most))
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    """Of num_ids, how many ids there are, here and elsewhere, among which tokens chose; activation; keep."""
+    given, _, activation, keep = _split(args)
+    _check(given)
     check_activation(activation)
-    return x.new_empty(x.shape), x.new_empty((slots.shape[0] if keep else 0, gate_up.shape[2]))
+    x, rows = given.x, given.slots.shape[0] if keep else 0
+    return x.new_empty(x.shape), x.new_empty((rows, given.gate_up.shape[2]))
 
 
-def _native(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    y, kept = _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, keep)
-    _run(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, y, *([kept] if keep else []))
+def _native(*args: Any) -> tuple[Tensor, Tensor]:
+    (given, num_ids, activation, keep), (y, kept) = _split(args), _fake(*args)
+    _run(given, num_ids, activation, y, *([kept] if keep else []))
     return y, kept
 
 
-def _run(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    y: Tensor,
-    *kept: Tensor,
-) -> None:
+def _run(given: Given, num_ids: int, activation: str, y: Tensor, *kept: Tensor) -> None:
     """Fills y, and `kept` where it is given, that with gate and up of every row."""
+    x, rows, slots, group_sizes, weights, gate_up, down = given
     hidden, each = x.new_empty((slots.shape[0], down.shape[1])), x.new_empty((slots.shape[0], x.shape[1]))
-    groups, num_slots = _groups(rows, slots, gate_up, num_ids), rows.shape[1]
+    groups, num_slots = _groups(given, num_ids), rows.shape[1]
     native.gated_matmul(
         x, gate_up, group_sizes, activation, hidden, *kept, slots=slots, num_slots=num_slots, groups=groups
     )
@@ -106,10 +98,7 @@ def _run(
     moves.combine(each, rows, weights, y)
 
 
-def _groups(rows: Tensor, slots: Tensor, gate_up: Tensor, num_ids: int) -> Groups:
-    """What is known of a plan's groups, if all ids are chosen equally often."""
-    expected = layer.expected_rows(rows.numel(), num_ids, gate_up.shape[0], slots.shape[0])
-    return LEFT._replace(expected=expected)
+# For `call`, which hands arrays over by name.
 
 
 @functools.partial(jax.jit, static_argnames="activation")
@@ -128,31 +117,15 @@ def _jax_out(
     return layer.weighted_experts(static, x, rows, slots, group_sizes, weights, gate_up, down, out)
 
 
-def _read(*tensors: Tensor) -> dict[str, Tensor | None]:
-    names = ("x", "rows", "slots", "group_sizes", "weights", "gate_up", "down")
-    return dict(zip(names, tensors, strict=True))
-
-
-def _named(*tensors: Tensor) -> dict[str, Tensor]:
+def _named(given: Given) -> dict[str, Tensor]:
     """Dense: on a CPU alone, where nothing is fast."""
-    return {name: made_dense(tensor) for name, tensor in _read(*tensors).items() if tensor is not None}
+    return {name: made_dense(tensor) for name, tensor in given._asdict().items()}
 
 
-def _plain(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    _fake(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, keep)
-    arguments = _named(x, rows, slots, group_sizes, weights, gate_up, down)
-    y, kept = call(_jax_forward, arguments, {"activation": activation})
+def _plain(*args: Any) -> tuple[Tensor, Tensor]:
+    _fake(*args)
+    given, _, activation, keep = _split(args)
+    y, kept = call(_jax_forward, _named(given), {"activation": activation})
     return y, kept if keep else kept[:0].clone()
 
 
@@ -191,8 +164,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 
 weighted_experts = define(
-    "weighted_experts(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
-    " Tensor down, SymInt num_ids, str activation, bool keep) -> (Tensor, Tensor)",
+    f"weighted_experts({IN}, SymInt num_ids, str activation, bool keep) -> (Tensor, Tensor)",
     native=_native,
     plain=_plain,
     fake=_fake,
@@ -201,115 +173,58 @@ weighted_experts = define(
 )
 
 
-def _check_out(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    out: Tensor,
-) -> None:
-    _check(x, rows, slots, group_sizes, weights, gate_up, down)
+def _check_out(*args: Any) -> None:
+    given, _, activation, out = _split(args)
+    _check(given)
     check_activation(activation)
-    check("out", out, tuple(x.shape), (x.dtype,))
-    check_layout(x.device, out=out)
+    check("out", out, tuple(given.x.shape), (given.x.dtype,))
+    check_layout(given.x.device, out=out)
 
 
-def _out_native(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    out: Tensor,
-) -> None:
-    _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
-    check_out({"out": out}, _read(x, rows, slots, group_sizes, weights, gate_up, down))
-    _run(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
+def _out_native(*args: Any) -> None:
+    _check_out(*args)
+    given, num_ids, activation, out = _split(args)
+    check_out({"out": out}, given._asdict())
+    _run(given, num_ids, activation, out)
     increment_version(out)
 
 
-def _out_plain(
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    num_ids: int,
-    activation: str,
-    out: Tensor,
-) -> None:
-    _check_out(x, rows, slots, group_sizes, weights, gate_up, down, num_ids, activation, out)
-    check_out({"out": out}, _read(x, rows, slots, group_sizes, weights, gate_up, down))  # not copies of these
-    arguments = _named(x, rows, slots, group_sizes, weights, gate_up, down)
-    call(_jax_out, arguments, {"activation": activation}, out=out)
+def _out_plain(*args: Any) -> None:
+    _check_out(*args)
+    given, _, activation, out = _split(args)
+    check_out({"out": out}, given._asdict())  # not copies of these
+    call(_jax_out, _named(given), {"activation": activation}, out=out)
 
 
 weighted_experts_out = define(
-    "weighted_experts_out(Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights, Tensor gate_up,"
-    " Tensor down, SymInt num_ids, str activation, Tensor(a!) out) -> ()",
+    f"weighted_experts_out({IN}, SymInt num_ids, str activation, Tensor(a!) out) -> ()",
     native=_out_native,
     plain=_out_plain,
     fake=_check_out,
 )
 
 
-def _check_saved(grad: Tensor, x: Tensor, slots: Tensor, gate_up: Tensor, kept: Tensor) -> None:
+def _check_saved(grad: Tensor, given: Given, kept: Tensor) -> None:
+    _check(given)
+    x = given.x
     check("grad", grad, tuple(x.shape), (x.dtype,))
-    check("kept", kept, (slots.shape[0], gate_up.shape[2]), (x.dtype,))
+    check("kept", kept, (given.slots.shape[0], given.gate_up.shape[2]), (x.dtype,))
     check_layout(x.device, grad=grad, kept=kept)
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    kept: Tensor,
-    num_ids: int,
-    activation: str,
-    trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where not `trained`, no gradients of gate_up and down are returned, nor computed on a GPU."""
-    _check(x, rows, slots, group_sizes, weights, gate_up, down)
-    _check_saved(grad, x, slots, gate_up, kept)
-    stack = gradient_of(gate_up, trained), gradient_of(down, trained)
-    return x.new_empty(x.shape), torch.empty_like(weights), *stack
+def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where not `trained`, the last, no gradients of gate_up and down are returned, nor computed on a GPU."""
+    given, kept, _, _, trained = _split(args)
+    _check_saved(grad, given, kept)
+    stack = gradient_of(given.gate_up, trained), gradient_of(given.down, trained)
+    return given.x.new_empty(given.x.shape), torch.empty_like(given.weights), *stack
 
 
-def _backward_native(
-    grad: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    kept: Tensor,
-    num_ids: int,
-    activation: str,
-    trained: bool,
-    *,
-    over: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_native(grad: Tensor, *args: Any, over: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With `over`, gate and up are written over by their gradient."""
-    _check(x, rows, slots, group_sizes, weights, gate_up, down)
-    _check_saved(grad, x, slots, gate_up, kept)
+    given, kept, num_ids, activation, trained = _split(args)
+    _check_saved(grad, given, kept)
+    x, rows, slots, group_sizes, weights, gate_up, down = given
     dweights = torch.empty_like(weights)
     if rows.numel():
         flat = weights.reshape(-1).float()  # of float32, as routing's are, nothing is cast
@@ -321,7 +236,7 @@ def _backward_native(
     # it at once would take more memory than plain torch does.
     held, hidden = x.new_empty((slots.shape[0], x.shape[1])), x.new_empty((slots.shape[0], down.shape[1]))
     dkept = kept if over else torch.empty_like(kept)
-    groups, end = _groups(rows, slots, gate_up, num_ids), group_sizes.sum(0, keepdim=True, dtype=torch.int32)
+    groups, end = _groups(given, num_ids), group_sizes.sum(0, keepdim=True, dtype=torch.int32)
     moves.dispatch(grad, rows, slots, None, held, end=end)
     native.grouped_matmul(held, down.mT, group_sizes, hidden, groups=groups)  # the gradient of the hidden rows,
     native.gated_grad(kept, hidden, activation, dkept, hidden, scale, dots, end)  # then these themselves
@@ -362,23 +277,10 @@ def _jax_backward(
     return dx, dweights, dgate_up, ddown
 
 
-def _backward_plain(
-    grad: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-    group_sizes: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    kept: Tensor,
-    num_ids: int,
-    activation: str,
-    trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = _backward_fake(grad, x, rows, slots, group_sizes, weights, gate_up, down, kept, num_ids, activation, trained)
-    arguments = {"grad": grad, **_named(x, rows, slots, group_sizes, weights, gate_up, down), "kept": kept}
-    found = call(_jax_backward, arguments, {"activation": activation})
+def _backward_plain(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = _backward_fake(grad, *args)
+    given, kept, _, activation, trained = _split(args)
+    found = call(_jax_backward, {"grad": grad, **_named(given), "kept": kept}, {"activation": activation})
     # In the layout of the weights, as the fake implementation says.
     if not trained:
         return found[0], found[1], like[2], like[3]
@@ -389,8 +291,7 @@ def _backward_plain(
 
 
 weighted_experts_backward = define(
-    "weighted_experts_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes, Tensor weights,"
-    " Tensor gate_up, Tensor down, Tensor kept, SymInt num_ids, str activation, bool trained)"
+    f"weighted_experts_backward(Tensor grad, {IN}, Tensor kept, SymInt num_ids, str activation, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
     plain=_backward_plain,
@@ -399,8 +300,7 @@ weighted_experts_backward = define(
 
 # The same where there is no second backward pass: `kept` holds gradients afterwards.
 weighted_experts_last_backward = define(
-    "weighted_experts_last_backward(Tensor grad, Tensor x, Tensor rows, Tensor slots, Tensor group_sizes,"
-    " Tensor weights, Tensor gate_up, Tensor down, Tensor(a!) kept, SymInt num_ids, str activation, bool trained)"
+    f"weighted_experts_last_backward(Tensor grad, {IN}, Tensor(a!) kept, SymInt num_ids, str activation, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     native=functools.partial(_backward_native, over=True),
     plain=_backward_plain,
