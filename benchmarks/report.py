@@ -42,7 +42,7 @@ def conditions(data: record.Data) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     copy, empty = machine["copy_bytes_per_second"] / 1e12, machine["empty_launch_us"]
     commits = ", ".join(dict.fromkeys(run["commit"] for run in data["runs"]))
-    floor = f"Floor: bytes over the card's measured copy bandwidth ({copy:.2f} TB/s)"
+    floor = f"Floor (in the pictures, and in table.md): bytes over the card's measured copy bandwidth ({copy:.2f} TB/s)"
     if "matmul_flops_per_second" in machine:
         floor += f", operations over that of its bfloat16 product ({machine['matmul_flops_per_second'] / 1e12:.0f} "
         floor += "TFLOP/s)"

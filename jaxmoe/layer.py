@@ -265,7 +265,7 @@ def moe(
       expert_map: int32 [num_expert_ids], id -> local expert, -1 for one that is not here.
       max_rows: as for `fused_experts`, with which to compare sums of routing.load.
       activation: as for `experts`: "silu", "gelu" (exact) or "gelu_tanh".
-      out: [T, H] of x's dtype to write y into: donated, and deleted as JAX does with what is donated.
+      out: [T, H] of x's dtype to write y into, as for `fused_experts`.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:

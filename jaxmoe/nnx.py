@@ -97,7 +97,7 @@ class GatedMLP(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """`jaxmoe.moe` as a Flax NNX module; no token is dropped.
+    """`jaxmoe.moe` as a Flax NNX module; no token is dropped, unless a call sets `max_rows`.
 
     The output is scaling * sum(routed) + sum(shared), whatever `config.scale_weights` says.
 

@@ -27,9 +27,9 @@ class Config:
 def config_for(num_tokens: int, num_slots: int, width: int, dtype: Any, target: str) -> Config:
     """Which tile to use for these shapes on this target ("cuda" or "rocm")."""
     itemsize = jnp.dtype(dtype).itemsize
-    # One warp, 16 bytes a lane, or twice 16: as fast where every slot has a row. Where few do, experts being elsewhere,
-    # a GPU is busy with beginning programs, of which there are half as many then, or a quarter. Measured on H100s and
-    # H200s.
+    # One warp, 16 bytes a lane, twice or four times 16 (these in two pieces): as fast where every slot has a row. Where
+    # few do, experts being elsewhere, a GPU is busy with beginning programs, of which there are fewer then. Measured on
+    # H100s and H200s.
     many = num_tokens > 512
     size = 512 if num_tokens <= 64 else 1024 if num_tokens <= 1024 else 2048  # of a program's columns, in bytes
     columns = min(next_power_of_2(width), size // itemsize)
