@@ -72,7 +72,7 @@ def _groups(given: Given, num_ids: int) -> Groups:
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    """Of num_ids, how many ids there are, here and elsewhere, among which tokens chose; activation; keep."""
+    """args: Given; num_ids, how many ids there are, here and elsewhere; activation; whether to keep gate and up."""
     given, _, activation, keep = _split(args)
     _check(given)
     check_activation(activation)
@@ -174,6 +174,7 @@ weighted_experts = define(
 
 
 def _check_out(*args: Any) -> None:
+    """args: Given; num_ids; activation; out."""
     given, _, activation, out = _split(args)
     _check(given)
     check_activation(activation)
@@ -213,7 +214,9 @@ def _check_saved(grad: Tensor, given: Given, kept: Tensor) -> None:
 
 
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where not `trained`, the last, no gradients of gate_up and down are returned, nor computed on a GPU."""
+    """args: Given; kept; num_ids; activation; trained. Where not trained, no gradients of gate_up and down are returned,
+    nor computed on a GPU.
+    """
     given, kept, _, _, trained = _split(args)
     _check_saved(grad, given, kept)
     stack = gradient_of(given.gate_up, trained), gradient_of(given.down, trained)
