@@ -214,8 +214,8 @@ def _check_saved(grad: Tensor, given: Given, kept: Tensor) -> None:
 
 
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """args: Given; kept; num_ids; activation; trained. Where not trained, no gradients of gate_up and down are returned,
-    nor computed on a GPU.
+    """args: Given; kept; num_ids; activation; trained: without it no gradients of gate_up and down are returned, nor
+    computed on a GPU.
     """
     given, kept, _, _, trained = _split(args)
     _check_saved(grad, given, kept)
