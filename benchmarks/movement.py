@@ -11,11 +11,10 @@ import torch
 import bridge
 from benchmarks import operation, peers, stated, timing
 from benchmarks.operation import Build, Entry, Operation, empty, expect, random
-from benchmarks.parts import ROOM
+from benchmarks.parts import room_for
 from benchmarks.routing import bias_of, config_of, empty_routing
 from bridge import DispatchPlan
 from bridge.compat import vllm as compat
-from jaxmoe.layer import expected_rows
 
 WIDTH, TOP_K, EXPERTS = 7168, 8, 256  # DeepSeek-V3's
 TOKENS = (1, 8, 64, 512, 4096, 16384, 40960)
@@ -144,10 +143,10 @@ def _elsewhere(tokens: int) -> Iterator[Operation]:
     def check_sums(got: Tensor) -> None:
         stated.check_close(got, stated.combine(rows[0], want, weights), 1e-2, "sums")
 
-    room = min(pairs, int(expected_rows(pairs, EXPERTS, local, None) * ROOM) + 64)  # as in benchmarks.parts
+    room = min(pairs, room_for(pairs, EXPERTS, local))
 
     def check_cut(got: Tensor) -> None:
-        assert held <= room, "else some are dropped"
+        expect(held <= room, f"{held} rows, and room for {room}: some are dropped")
         stated.check_rows(got, x[0], want._replace(slots=want.slots[:room]))
 
     def permute(i: int) -> Tensor:

@@ -34,20 +34,26 @@ ROOM = 1.5  # times as many rows as are expected, where there is room for some a
 Tensor = torch.Tensor
 
 
-def room(tokens: int) -> int:
+def room_for(num_pairs: int, num_ids: int, num_here: int) -> int:
     """`max_rows` where there is room for some rows alone."""
-    return int(expected_rows(tokens * TOP_K, EXPERTS, HERE, None) * ROOM) + 64
+    return int(expected_rows(num_pairs, num_ids, num_here, None) * ROOM) + 64
+
+
+def room(tokens: int) -> int:
+    """`room_for` what is timed here."""
+    return room_for(tokens * TOP_K, EXPERTS, HERE)
 
 
 def _ids(tokens: int) -> Tensor:
     """Distinct ids for each token, the same on every run: the first draw with as many pairs here as are expected."""
-    for seed in itertools.count():
+    expected = expected_rows(tokens * TOP_K, EXPERTS, HERE, None)
+
+    def draw(seed: int) -> Tensor:
         generator = torch.Generator(operation.DEVICE).manual_seed(seed)
         drawn = torch.rand(tokens, EXPERTS, device=operation.DEVICE, generator=generator)
-        ids = drawn.argsort(dim=1)[:, :TOP_K].int().contiguous()
-        if int((ids < HERE).sum()) == expected_rows(tokens * TOP_K, EXPERTS, HERE, None):
-            return ids
-    raise AssertionError
+        return drawn.argsort(dim=1)[:, :TOP_K].int().contiguous()
+
+    return next(ids for ids in map(draw, itertools.count()) if int((ids < HERE).sum()) == expected)
 
 
 def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -87,7 +87,7 @@ def _call(
     if out is None:
         return jax.tree.map(export_array, results)
     found, result_structure = jax.tree.flatten(results)
-    for (name, tensor), result in zip(outs, found, strict=False):
+    for (name, tensor), result in zip(outs, found[: len(outs)], strict=True):
         _settle(name, tensor, result)
     if len(found) == len(outs):
         return out

@@ -13,11 +13,12 @@ from bridge import path
 from bridge.call import call
 from bridge.checks import INT32, check, check_at_least_one, check_gradients_of_out, most_rows
 from bridge.ops import layer as ops
-from bridge.ops.experts import as_they_lie, check_activation, check_weight
+from bridge.ops.experts import as_they_lie, check_weight
 from bridge.routing import Routing, check_count, count, without_gradient
 from bridge.views import is_view
 from jaxmoe import RoutingConfig
 from jaxmoe.arguments import half
+from jaxmoe.experts import check_activation
 from jaxmoe.layer import check_number_of_experts, rows_of
 
 

@@ -58,20 +58,9 @@ def _weighted(
     return _weighted_pass(static, x, rows, slots, group_sizes, weights, gate_up, down, out, keep=False)[0]
 
 
-def _weighted_pass(
-    static: Static,
-    x: jax.Array,
-    rows: jax.Array,
-    slots: jax.Array,
-    group_sizes: jax.Array,
-    weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    out: Any,
-    *,
-    keep: bool,
-) -> tuple[jax.Array, ...]:
-    implementation, activation, groups = static
+def _weighted_pass(static: Static, *args: Any, keep: bool) -> tuple[jax.Array, ...]:
+    """(y,) of the arguments of `_weighted`, and with `keep` gate and up of every row."""
+    (implementation, activation, groups), (x, rows, slots, group_sizes, weights, gate_up, down, out) = static, args
     plan = rows, slots
     hidden, *kept = gated((implementation, activation, False), x, gate_up, group_sizes, plan, keep=keep, groups=groups)
     each = product(implementation, hidden, down, group_sizes, transposed=False, groups=groups)

@@ -10,8 +10,9 @@ import torch
 import bridge
 from bridge.checks import INT32, check, check_at_least_one
 from bridge.compat import as_int32, checked_map, described, renamed
-from bridge.ops.experts import ACTIVATIONS, check_weight
+from bridge.ops.experts import check_weight
 from jaxmoe.config import as_int
+from jaxmoe.experts import check_activation
 
 __all__ = ["fused_experts"]
 
@@ -109,9 +110,8 @@ def fused_experts(
       >>> fused_experts(x, w1, w2, weights, ids, global_num_experts=3, expert_map=here).tolist()
       [[300.0], [400.0]]
     """
-    name = getattr(activation, "value", activation)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {name!r}")
+    name: Any = getattr(activation, "value", activation)
+    check_activation(name)
     if apply_router_weight_on_input is not False:
         got = repr(apply_router_weight_on_input)
         raise ValueError(f"apply_router_weight_on_input: expected False, the weights of sums, got {got}")

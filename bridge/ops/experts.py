@@ -14,15 +14,9 @@ from bridge.native import experts as native
 from bridge.ops.library import define
 from bridge.views import is_view
 from jaxmoe.arguments import half
+from jaxmoe.experts import check_activation
 
 Tensor = torch.Tensor
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-
-def check_activation(activation: Any) -> None:
-    """Raises ValueError for a name that is not known."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
 
 
 def check_weight(name: str, weight: Tensor, device: torch.device) -> None:

@@ -19,11 +19,12 @@ from bridge.call import call
 from bridge.checks import INT32, check, check_layout, check_out, row_stride
 from bridge.native import dispatch as moves
 from bridge.native import experts as native
-from bridge.ops.experts import check_activation, check_weight, gradient_of
+from bridge.ops.experts import check_weight, gradient_of
 from bridge.ops.library import define
 from bridge.views import made_dense
 from jaxmoe import layer
 from jaxmoe.arguments import half
+from jaxmoe.experts import check_activation
 from jaxmoe.grouped_matmul import Groups
 
 Tensor = torch.Tensor
