@@ -136,19 +136,23 @@ def _kernel(*refs: Any, config: Config, num_experts: int, left: int, right: int,
         plgpu.set_max_registers(232, action="increase")
         half = pl.ds(warpgroup * (m // 2), m // 2)
 
-        def compute_tile(i: Any, done: Any) -> Any:
+        def corner(expert: Any, row: Any, column: Any, y: int, x: int) -> Any:
+            return out_ref.at[expert, pl.ds(row + y, BLOCK), pl.ds(column + x, BLOCK)]
+
+        writer = hopper.Writer(out_smem.at[warpgroup], corner)
+
+        def compute_tile(i: Any, carry: tuple[Any, hopper.Pending]) -> tuple[Any, hopper.Pending]:
+            done, pending = carry
             expert, column_a, column_b, start, end = place(i)
             _, steps = blocks(start, end)
-
             operands = lambda at: (a_smem.at[at, :, half].transpose((1, 0)), b_smem.at[at])
-            total = hopper.multiply((m // 2, n), operands, steps, done, full, empty, stages)
-            result = total.astype(out_ref.dtype)
-            row = column_a + warpgroup * (m // 2)
-            corner = lambda y, x: out_ref.at[expert, pl.ds(row + y, BLOCK), pl.ds(column_b + x, BLOCK)]
-            hopper.store(result, out_smem.at[warpgroup], corner)
-            return done + steps
+            total = hopper.multiply(operands, steps, done, full, empty, stages, pending, writer)
+            where = expert, column_a + warpgroup * (m // 2), column_b
+            return done + steps, hopper.Pending(total.astype(out_ref.dtype), where, jnp.bool_(True))
 
-        jax.lax.fori_loop(0, mine, compute_tile, jnp.int32(0))
+        carry = jnp.int32(0), hopper.nothing((m // 2, n), out_ref.dtype, places=3)
+        _, pending = jax.lax.fori_loop(0, mine, compute_tile, carry)
+        writer.put_all(pending)
         plgpu.wait_smem_to_gmem(0)
 
 

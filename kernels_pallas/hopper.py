@@ -2,14 +2,16 @@
 
 The backend can say what Triton's cannot. A program stays on its multiprocessor and takes tile after tile. One of its
 three warpgroups loads by the copy engine (TMA), as far ahead as there is room, past the end of a tile; the other two
-multiply, and hand their results to the copy engine. So no tile waits for its first loads, nor for the store of the one
-before.
+multiply, and hand their results to the copy engine while they multiply the next tile. So no tile waits for its first
+loads, nor for the store of the one before.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +55,74 @@ def wait_for_all(empty: Any, done: Any, stages: int) -> None:
     jax.lax.fori_loop(jnp.maximum(done - stages, 0), done, wait, None)
 
 
+class Pending(NamedTuple):
+    """A result that a warpgroup still holds, in registers, while it multiplies the next tile."""
+
+    result: Any
+    place: tuple[Any, ...]  # int32: where it goes
+    exists: Any  # bool
+
+
+def nothing(shape: tuple[int, int], dtype: Any, places: int) -> Pending:
+    """What a warpgroup holds at first; `places`: the length of `place`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    zeros = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
+    return Pending(zeros, (jnp.int32(0),) * places, jnp.bool_(False))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Hands a warpgroup's results to the copy engine, in pieces of 64 x 64.
+
+    held_smem: room for some of them, which take turns. corner: where a piece goes, by the result's place and the row
+    and column, in the result, of its first entry.
+    """
+
+    held_smem: Any
+    corner: Callable[..., Any]
+
+    @staticmethod
+    def pieces(pending: Pending) -> list[tuple[int, int]]:
+        """Of each its first row and column."""
+        rows, columns = pending.result.shape
+        return [(y, x) for y in range(0, rows, BLOCK) for x in range(0, columns, BLOCK)]
+
+    def put(self, pending: Pending, piece: int) -> None:
+        """One piece."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        (y, x), room = self.pieces(pending)[piece], self.held_smem.shape[0]
+        plgpu.wait_smem_to_gmem(room - 1, wait_read_only=True)
+        held = self.held_smem.at[piece % room]
+        held[...] = pending.result[y : y + BLOCK, x : x + BLOCK]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(held, self.corner(*pending.place, y, x))
+
+    def put_if(self, pending: Pending, which: Callable[[int], Any]) -> None:
+        """The pieces for which that holds, if there is a result."""
+        for piece in range(len(self.pieces(pending))):
+            pl.when(pending.exists & which(piece))(functools.partial(self.put, pending, piece))
+
+    def put_all(self, pending: Pending) -> None:
+        """At the end, when there is nothing more to multiply."""
+        self.put_if(pending, lambda _: True)
+
+
 def multiply(
-    shape: tuple[int, int],
     operands: Callable[[Any], tuple[Any, Any]],
     steps: Any,
     done: Any,
     full: Any,
     empty: Any,
     stages: int,
+    pending: Pending,
+    writer: Writer,
 ) -> jax.Array:
     """A warpgroup's sum, in float32, of the products of so many steps behind those that are done.
 
     operands: of a stage, which is waited for, and is empty as far as this warpgroup goes when they have been read.
+    What is pending is stored, a piece a step, while tensor cores are busy, and has been stored in the end.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -75,31 +133,15 @@ def multiply(
             plgpu.wgmma(total, *operands(at))
             plgpu.wgmma_wait(1)  # of the step before: what it read is free
             pl.when(j > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + j - 1, stages)]))
+            writer.put_if(pending, lambda piece: j == piece)
 
         jax.lax.fori_loop(0, steps, step, None)
         return total[...]
 
-    total = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    total = pl.run_scoped(run, plgpu.ACC(pending.result.shape, jnp.float32))
     pl.when(steps > 0)(lambda: plgpu.barrier_arrive(empty.at[stage(done + steps - 1, stages)]))
+    writer.put_if(pending, lambda piece: piece >= steps)  # of few steps, or none
     return total
-
-
-def store(result: jax.Array, held_smem: Any, corner: Callable[[int, int], Any]) -> None:
-    """Hands a warpgroup's result to the copy engine, in pieces of 64 x 64.
-
-    held_smem: room for some of them, which take turns. corner: where one goes, by row and column of its first entry.
-    """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    rows, columns = result.shape
-    room = held_smem.shape[0]
-    corners = [(y, x) for y in range(0, rows, BLOCK) for x in range(0, columns, BLOCK)]
-    for piece, (y, x) in enumerate(corners):
-        plgpu.wait_smem_to_gmem(room - 1, wait_read_only=True)
-        held = held_smem.at[piece % room]
-        held[...] = result[y : y + BLOCK, x : x + BLOCK]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(held, corner(y, x))
 
 
 def launch(

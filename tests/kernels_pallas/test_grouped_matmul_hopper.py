@@ -50,6 +50,7 @@ CASES = [
     Case("one huge group, odd E, parts that take turns", (0, 0, 704), 768),
     Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
     Case("one step", (128, 64), 256, 64),
+    Case("experts in and out of order, some with as many rows", (64, 192, 64, 256, 0, 192), 832),
 ]
 
 
@@ -80,6 +81,26 @@ def test_interpreted(case: Case, config: Config, dtype: Any, transposed: bool) -
 
 
 @new_jax
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.why)
+def test_interpreted_large_experts_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an expert's weights do not fit into the cache."""
+    seen: list[bool] = []
+    of_blocks = kernels.experts_of_blocks
+
+    def experts_of_blocks(*args: Any, large_first: bool) -> jax.Array:
+        seen.append(large_first)
+        return of_blocks(*args, large_first=large_first)
+
+    monkeypatch.setattr(kernels, "experts_of_blocks", experts_of_blocks)
+    options: dict[str, Any] = {"programs": 3, "config": FEW, "interpret": interpreted()}
+    size = case.depth * case.width * 2
+    for cache in (size, size - 1):
+        monkeypatch.setattr(kernels, "CACHE", cache)
+        check(case, BF16, functools.partial(kernels.grouped_matmul, **options), False)
+    assert seen == [False, True]
+
+
+@new_jax
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_rows_behind_the_last_group_are_left(case: Case) -> None:
     """Where nobody reads them: they stay what nobody wrote, NaN; the others are what they are else."""
@@ -106,8 +127,9 @@ def test_on_hopper(case: Case, dtype: Any, programs: int, transposed: bool) -> N
 @on_hopper
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_on_hopper_many_steps(seed: int, transposed: bool) -> None:
-    """Tens of tiles a program, at a layer's size; the tile is that of `config_for`."""
+def test_on_hopper_many_steps(seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of tiles a program, at a layer's size; the tile is that of `config_for`. Large experts first, but once."""
+    monkeypatch.setattr(kernels, "CACHE", 2048 * 4608 * 2 - min(seed, 1))
     rng = np.random.default_rng(seed)
     sizes = rng.multinomial(150, np.ones(9) / 9) * BLOCK
     rows, shape = normal(seed, 10240, 2048, dtype=BF16), (4608, 2048) if transposed else (2048, 4608)
@@ -157,13 +179,18 @@ def test_every_tile_once(columns: int, together: int) -> None:
         assert order == sorted(order), "turns, and within one pairs of columns, one after the other"
 
 
+@pytest.mark.parametrize("large_first", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
-def test_experts_of_blocks(case: Case) -> None:
-    bounds = [0, *np.cumsum(case.sizes).tolist(), case.rows]
-    want = [(e, first, end) for e, (first, end) in enumerate(itertools.pairwise(bounds)) if first < end]
-    got = np.asarray(kernels.experts_of_blocks(jnp.array(case.sizes, I32), case.rows)).reshape(3, -1)
-    blocks = [block for block in want for _ in range(block[1], block[2], BLOCK)]
-    np.testing.assert_array_equal(got, np.array(blocks).T)
+def test_experts_of_blocks(case: Case, large_first: bool) -> None:
+    """Experts with equally many rows keep their order."""
+    sizes = case.sizes
+    order = sorted(range(len(sizes)), key=lambda e: (-sizes[e] if large_first else 0, e))
+    bounds = [0, *np.cumsum(sizes).tolist(), case.rows]
+    want: list[tuple[int, ...]] = []
+    for e in (*order, len(sizes)):
+        want += [(e, bounds[e], bounds[e + 1], len(want))] * ((bounds[e + 1] - bounds[e]) // BLOCK)
+    got = np.asarray(kernels.experts_of_blocks(jnp.array(sizes, I32), case.rows, large_first=large_first))
+    np.testing.assert_array_equal(got.reshape(4, -1), np.array(want).T)
 
 
 SHAPES = [jax.ShapeDtypeStruct(shape, BF16) for shape in ((4096, 256), (4, 256, 512))]
