@@ -1,6 +1,7 @@
 """Triton's grouped products in JAX and, on Hopper, those by the copy engine, in turns.
 
-    python -m benchmarks.hopper_kernels [--tokens 512 1024 2048 4096] [--experts 32] [--spread router] [--output o.json]
+    python -m benchmarks.hopper_kernels [--tokens 512 1024 2048 4096] [--experts 32] [--spread router] [--works down]
+        [--output o.json]
 
 DeepSeek-V3's width, tokens of top 8, bfloat16: the products of the layer's passes and both weights' gradients; for the
 first product, which gathers tokens, `grouped_matmul` of as many columns stands here. Experts are drawn at random, as by
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--experts", type=int, default=EXPERTS)
     parser.add_argument("--spread", choices=["router", "even", "uneven", "zipf"], default="router")
+    parser.add_argument("--works", nargs="+", choices=[work.name for work in works()], help="only these")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     if arguments.experts < TOP_K:
@@ -174,7 +176,8 @@ def main() -> None:
     results: dict[str, Any] = {"device": device, "jax": jax.__version__, "experts": arguments.experts}
     results |= {"spread": arguments.spread, "rows": []}
     print(f"{device}, jax {jax.__version__}, {arguments.experts} experts, {arguments.spread}")
-    for tokens, work in itertools.product(arguments.tokens, works()):
+    chosen = [work for work in works() if arguments.works is None or work.name in arguments.works]
+    for tokens, work in itertools.product(arguments.tokens, chosen):
         row = measure(work, tokens, arguments.experts, arguments.spread)
         results["rows"].append({"tokens": tokens, "work": work.name, "left": work.left, "right": work.right} | row)
         for name, found in row.items():

@@ -139,3 +139,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     sides = [(256, 256), (128, 256), (256, 128), (256, 256), (256, 256), (128, 256)]
     assert [(row["tokens"], row["left"], row["right"]) for row in rows] == [(t, *s) for t in (16, 32) for s in sides]
     assert "TFLOP/s, off by" in capsys.readouterr().out
+
+    command = ["", "--tokens", "16", "--experts", "8", "--works", "down", "gradient of down", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    hopper_kernels.main()
+    assert [row["work"] for row in json.loads(path.read_text())["rows"]] == ["down", "gradient of down"]
