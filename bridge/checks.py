@@ -41,14 +41,16 @@ def check_gradients_of_out(outs: dict[str, torch.Tensor | None], **tensors: torc
 
 def check(name: str, tensor: Any, sizes: Sequence[Any], dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """Raises ValueError unless `tensor` has one of `dtypes` and these sizes; a letter stands for any."""
-    if isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and len(tensor.shape) == len(sizes):
-        if tensor.shape == sizes:
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes:
+        shape = tensor.shape  # once: each time it is made
+        if shape == sizes:
             return
-        for want, have in zip(sizes, tensor.shape, strict=True):
-            if type(want) is not str and want != have:
-                break
-        else:
-            return
+        if len(shape) == len(sizes):
+            for want, have in zip(sizes, shape, strict=True):
+                if type(want) is not str and want != have:
+                    break
+            else:
+                return
     wanted = f"{' or '.join(map(_name, dtypes))} [{', '.join(map(str, sizes))}]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor {wanted}, got {type(tensor).__name__}")

@@ -11,15 +11,14 @@ import torch
 import jaxmoe
 from bridge import path
 from bridge.call import call
-from bridge.checks import INT32, check, check_at_least_one, check_gradients_of_out, most_rows
+from bridge.checks import check_gradients_of_out, most_rows
+from bridge.checks_of_layer import check_experts, check_layer
 from bridge.ops import layer as ops
 from bridge.ops.experts import as_they_lie, check_weight
 from bridge.routing import Routing, check_count, count, without_gradient
 from bridge.views import is_view
 from jaxmoe import RoutingConfig
-from jaxmoe.arguments import half
-from jaxmoe.experts import check_activation
-from jaxmoe.layer import check_number_of_experts, rows_of
+from jaxmoe.layer import rows_of
 
 
 class MoEParams(NamedTuple):
@@ -90,19 +89,21 @@ def fused_experts(
     """
     max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
-        _check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
+        eager = _is_eager(x, experts, weights, gate_up, down, expert_map, out)
+        if not (eager and isinstance(activation, str) and path.runs_natively(x)):  # else the op says what is wrong
+            check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
         given = x, experts, weights, gate_up, down, expert_map, max_rows, activation
         if out is None:
-            return path.at_once(ops.fused_experts, *given)
+            return path.run(ops.fused_experts, eager, *given)
         check_gradients_of_out({"out": out}, x=x, weights=weights, gate_up=gate_up, down=down)
-        path.at_once(ops.fused_experts_out, *given, out)
+        path.run(ops.fused_experts_out, eager, *given, out)
         return out
     arguments = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
     options: dict[str, Any] = {"max_rows": max_rows, "activation": activation, "implementation": implementation}
     function: Callable[..., Any] = jaxmoe.fused_experts
     if is_view(gate_up) or is_view(down):
         # In the words of the function that is not called.
-        _check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
+        check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
         arguments["gate_up"], arguments["down"], options["transposed"] = _as_they_lie(gate_up, down, "")
         function = _fused_of_views
     return call(function, {**arguments, "expert_map": expert_map}, options, out=out)
@@ -201,7 +202,8 @@ def moe(
     }
     function: Callable[..., Any] = jaxmoe.moe
     if is_view(params.gate_up) or is_view(params.down):
-        _check(x, params, config, expert_map, activation, out)  # in the words of jaxmoe.moe, which is not called
+        # In the words of the function that is not called.
+        check_layer(x, *params, config, expert_map, activation, out)
         gate_up, down, options["transposed"] = _as_they_lie(params.gate_up, params.down, "params.")
         arguments["params"] = dataclasses.replace(arguments["params"], gate_up=gate_up, down=down)
         function = _of_views
@@ -227,46 +229,9 @@ def _of_views(
     return _fused_of_views(x, *of_experts, implementation=implementation, **options), routing
 
 
-def _check_experts(
-    x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, expert_map: Any, activation: Any, out: Any
-) -> None:
-    check("x", x, ("T", "H"))
-    check("experts", experts, (x.shape[0], "S"), INT32)
-    check("weights", weights, experts.shape)
-    _check_weights(x, gate_up, down, "E", "")
-    if expert_map is not None:
-        check("expert_map", expert_map, ("ids",), INT32)
-    _check_choices(x, activation, out)
-
-
-def _check_choices(x: Any, activation: Any, out: Any) -> None:
-    check_activation(activation)
-    if out is not None:
-        check("out", out, tuple(x.shape), (x.dtype,))
-
-
-def _check_weights(x: Any, gate_up: Any, down: Any, num_here: int | str, prefix: str) -> None:
-    check(f"{prefix}gate_up", gate_up, (num_here, x.shape[1], "2 * I"), (x.dtype,))
-    check_at_least_one(f"{prefix}gate_up", gate_up, 0)
-    check_number_of_experts(f"{prefix}gate_up", gate_up.shape[0])
-    inner = half(f"{prefix}gate_up", gate_up.shape[2])
-    check(f"{prefix}down", down, (gate_up.shape[0], inner, x.shape[1]), (x.dtype,))
-
-
-def _check(x: torch.Tensor, params: MoEParams, config: Any, expert_map: Any, activation: Any, out: Any) -> None:
-    if not isinstance(config, RoutingConfig):
-        raise ValueError(f"config: expected a RoutingConfig, got {type(config).__name__}")
-    experts = config.num_experts
-    check("x", x, ("T", "H"))
-    check("params.router", params.router, (experts, x.shape[1]))
-    if params.bias is not None:
-        check("params.bias", params.bias, (experts,))
-    here: int | str = config.num_expert_ids
-    if expert_map is not None:
-        check("expert_map", expert_map, (here,), INT32)
-        here = "experts here"
-    _check_weights(x, params.gate_up, params.down, here, "params.")
-    _check_choices(x, activation, out)
+def _is_eager(*tensors: torch.Tensor | None) -> bool:
+    """`path.is_eager`, of ops that are other ops, which is what a mode wants to see."""
+    return path.is_eager(*tensors) and not path.has_modes()
 
 
 def _moe(
@@ -280,13 +245,17 @@ def _moe(
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Routing]:
     """`moe` through the ops."""
-    _check(x, params, config, expert_map, activation, out)
-    valid, number = check_count(num_valid_tokens, "x", x)
     weights = params.router, without_gradient(params.bias), params.gate_up, params.down
+    valid = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
+    eager = _is_eager(x, *weights, valid, expert_map, out)
+    passes = isinstance(config, RoutingConfig) and isinstance(activation, str) and x.ndim == 2  # to the op
+    if not (eager and passes and path.runs_natively(x)):  # else the op says what is wrong
+        check_layer(x, *params, config, expert_map, activation, out)
+    valid, number = check_count(num_valid_tokens, "x", x)
     given = x, *weights, valid, number, config.json, expert_map, max_rows, activation
     if out is None:
-        y, *routing = path.at_once(ops.moe, *given)
+        y, *routing = path.run(ops.moe, eager, *given)
         return y, Routing(*routing)
     asked = {f"params.{name}": value for name, value in params._asdict().items() if name != "bias"}
     check_gradients_of_out({"out": out}, x=x, **asked)
-    return out, Routing(*path.at_once(ops.moe_out, *given, out))
+    return out, Routing(*path.run(ops.moe_out, eager, *given, out))

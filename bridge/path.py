@@ -43,8 +43,12 @@ def is_memory(*tensors: torch.Tensor | None) -> bool:
 
 def at_once(op: Callable[..., Any], *args: Any) -> Any:
     """op(*args), past what torch does around an op that has a gradient where nobody asks for one (`is_eager`)."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if is_eager(*tensors):
+    return run(op, is_eager(*[arg for arg in args if isinstance(arg, torch.Tensor)]), *args)
+
+
+def run(op: Callable[..., Any], eager: bool, *args: Any) -> Any:
+    """`at_once`, where it is known whether the call `is_eager`."""
+    if eager:
         with _below_autograd():
             return op(*args)
     if forward_ad._current_level >= 0 or _is_transformed():
@@ -114,11 +118,7 @@ def untraced(function: _Function) -> _Function:
 
 def _is_watched() -> bool:
     """Whether torch itself wants to see what is called, whatever the tensors look like."""
-    return (
-        _transform() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0  # of modes: fake tensors, make_fx, a user's own
-    )
+    return _transform() is not None or torch._C._get_tracing_state() is not None or has_modes()
 
 
 _runs_natively: dict[int, bool] = {}  # by device
@@ -140,6 +140,11 @@ def runs_natively(tensor: torch.Tensor) -> bool:
     device = tensor.get_device()
     natively = _runs_natively.get(device)
     return _find_out(device) if natively is None else natively
+
+
+def has_modes() -> bool:
+    """Whether a mode of torch's dispatcher sees each op: fake tensors, make_fx, a user's own."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def takes_ops(tensor: Any, implementation: str | None) -> bool:

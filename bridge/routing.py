@@ -111,9 +111,9 @@ def _route(logits: Any, bias: Any, config: Any, num_valid: Any, return_load: Any
     return out if type(out) is Routing else Routing(*out)
 
 
-def without_gradient(bias: torch.Tensor | None) -> torch.Tensor | None:
+def without_gradient(bias: Any) -> Any:
     """The bias, of which nobody is to ask a gradient, though engines keep it in a Parameter: it gets none."""
-    return bias.detach() if bias is not None and bias.requires_grad and torch.is_grad_enabled() else bias
+    return bias.detach() if isinstance(bias, torch.Tensor) and bias.requires_grad and torch.is_grad_enabled() else bias
 
 
 def _check_out(out: Any, return_load: Any) -> None:

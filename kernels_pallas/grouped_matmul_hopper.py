@@ -58,12 +58,14 @@ def experts_of_blocks(group_sizes: jax.Array, num_rows: int, *, large_first: boo
     Four lists, one behind the other: a block's expert, that one's first row and the row behind its last, and the place
     in this order of that one's first block. The rows behind the last group are an expert, too, the last.
 
-    large_first: experts with many rows come first, else they keep their order.
+    large_first: experts with many tiles come first, and of those with as many the ones without half a tile; else they
+    keep their order.
     """
     sizes, expert = group_sizes.astype(jnp.int32), jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
     sooner = expert < expert[:, None]
     if large_first:
-        sooner = (sizes > sizes[:, None]) | ((sizes == sizes[:, None]) & sooner)
+        key = sizes ^ BLOCK  # half a tile less where there is half a tile, else half a tile more
+        sooner = (key > key[:, None]) | ((key == key[:, None]) & sooner)
     above = jnp.sum(jnp.where(sooner, sizes, 0), axis=1, dtype=jnp.int32)  # rows of those that come before each
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     row = jnp.arange(0, num_rows, BLOCK, dtype=jnp.int32)[:, None]

@@ -133,8 +133,12 @@ def laid(matrix: torch.Tensor, num_rows: int) -> tuple[int, int, int, tuple[int,
       (length of the rows, how many of them) to lower for, `build`'s divisor, and what to pass behind the sizes: nothing
       where rows lie close. Else their distance, and one kernel serves all that are multiples of the same power of two.
     """
-    stride, width = row_stride(matrix), matrix.shape[1]
-    rows = rows_for(num_rows, stride, matrix.itemsize)
+    return lying(row_stride(matrix), matrix.shape[1], num_rows, matrix.itemsize)
+
+
+def lying(stride: int, width: int, num_rows: int, itemsize: int) -> tuple[int, int, int, tuple[int, ...]]:
+    """`laid`, of rows that are so far apart."""
+    rows = rows_for(num_rows, stride, itemsize)
     if stride == width:
         return width, rows, 0, ()
     many = 1 if rows == 1 else 1 << 14  # of that length, enough for offsets of 64 bits

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
+from bridge.native.build import JAX_DTYPES, aligned, build, laid, lying, row_stride, rows_for, shape
 from bridge.native.driver import Kernel
 from kernels_pallas import align_blocks as align_kernels
 from kernels_pallas import combine as combine_kernels
 from kernels_pallas import dispatch as dispatch_kernels
 from kernels_pallas import permute_maps as maps_kernels
 from kernels_pallas import plan_dispatch as plan_kernels
+from kernels_pallas.launch import remembered
 
 INT32 = torch.int32
 
@@ -76,26 +77,33 @@ def _launch_plan(
     align: int,
 ) -> None:
     num_items = experts.numel()
-    config = plan_kernels.config_for(num_items, num_experts, _platform())
-    sizes = plan_kernels.sizes_for(num_items, slots.numel(), config)
-    grids, numbers = plan_kernels.grids_for(num_experts, sizes, config), sizes.values()
+    config, sizes, grids, num_counts = _plan_sizes(num_items, slots.numel(), num_experts)
     ids = [experts.data_ptr()]
     if given_map is not None:
         ids.append(given_map.data_ptr())
     filled = [tensor.data_ptr() for tensor in outs]
-    scratch: list[torch.Tensor] = []
-    if not config.at_once:  # the counts
-        scratch = [experts.new_empty(plan_kernels.num_counts(sizes) * num_experts)]
+    scratch = [experts.new_empty(num_counts)] if num_counts else []
     between = [tensor.data_ptr() for tensor in scratch]
     map_size = None if given_map is None else given_map.numel()
     is_aligned = aligned(*ids, *filled, *between)
     kernels = _plan(function, static, num_experts, align, map_size, config, is_aligned, experts.get_device())
-    if config.at_once:
-        kernels[0](grids[0], 1, *ids, *numbers, *filled)
+    if not num_counts:
+        kernels[0](grids[0], 1, *ids, *sizes, *filled)
         return
     cleared = slots.data_ptr()
-    kernels[0](grids[0], 1, *ids, *numbers, *between, cleared)
-    kernels[1](grids[1], 1, *ids, *between, cleared, *numbers, *filled)
+    kernels[0](grids[0], 1, *ids, *sizes, *between, cleared)
+    kernels[1](grids[1], 1, *ids, *between, cleared, *sizes, *filled)
+
+
+@remembered
+def _plan_sizes(
+    num_items: int, rows: int, num_experts: int
+) -> tuple[plan_kernels.Config, tuple[int, ...], tuple[int, ...], int]:
+    """(config, the sizes of every launch, the programs of each, how many numbers lie between two of them)."""
+    config = plan_kernels.config_for(num_items, num_experts, _platform())
+    sizes = plan_kernels.sizes_for(num_items, rows, config)
+    num_counts = 0 if config.at_once else plan_kernels.num_counts(sizes) * num_experts
+    return config, tuple(sizes.values()), tuple(plan_kernels.grids_for(num_experts, sizes, config)), num_counts
 
 
 def align_blocks(
@@ -277,23 +285,28 @@ def combine(
     is_aligned = aligned(*ins, into)
     if end is not None:
         ins.append(end.data_ptr())  # its low word, read by itself: it may lie anywhere
-    stride, many, divisor, distance = laid(x, num_rows)
-    config = combine_kernels.config_for(num_tokens, num_slots, width, JAX_DTYPES[x.dtype], _platform())
-    kernel = _combine(
-        x.dtype,
-        None if weights is None else weights.dtype,
-        num_slots,
-        width,
-        stride,
-        many,
-        divisor,
-        rows_for(num_tokens, width, out.itemsize),
-        end is not None,
-        config,
-        is_aligned,
-        x.get_device(),
-    )
-    kernel(*combine_kernels.grid_for(num_tokens, width, config), *ins, *distance, into)
+    dtype, of_weights = x.dtype, None if weights is None else weights.dtype
+    sizes = num_tokens, num_slots, num_rows, width, row_stride(x)
+    kernel, grid, distance = _planned_combine(dtype, of_weights, sizes, end is not None, is_aligned, x.get_device())
+    kernel(*grid, *ins, *distance, into)
+
+
+@remembered
+def _planned_combine(
+    dtype: torch.dtype,
+    weights: torch.dtype | None,
+    sizes: tuple[int, int, int, int, int],  # tokens, slots, rows, their width, and how far apart they lie
+    ends: bool,
+    is_aligned: bool,
+    device: int,
+) -> tuple[Kernel, tuple[int, int], tuple[int, ...]]:
+    """The kernel, its programs, and what to pass between the addresses."""
+    num_tokens, num_slots, num_rows, width, apart = sizes
+    stride, many, divisor, distance = lying(apart, width, num_rows, dtype.itemsize)
+    config = combine_kernels.config_for(num_tokens, num_slots, width, JAX_DTYPES[dtype], _platform())
+    tokens = rows_for(num_tokens, width, dtype.itemsize)
+    kernel = _combine(dtype, weights, num_slots, width, stride, many, divisor, tokens, ends, config, is_aligned, device)
+    return kernel, combine_kernels.grid_for(num_tokens, width, config), distance
 
 
 @functools.cache

@@ -120,9 +120,9 @@ class Kernel:
         self._size = c_size_t(size)
         start, end = ctypes.addressof(self._memory), 3 if self._driver.hip else 0
         self._extra = (c_void_p * 5)(_BUFFER_POINTER, start + first, _BUFFER_SIZE, ctypes.addressof(self._size), end)
-        self._launch = self._launch_hip if self._driver.hip else self._launch_cuda
-        self._cuda = (c_void_p(start), self._function, None, c_void_p(ctypes.addressof(self._extra)))
-        self._call = self._driver.launch
+        launch, extra = self._driver.launch, c_void_p(ctypes.addressof(self._extra))
+        cuda = functools.partial(launch, c_void_p(start), self._function, None, extra)
+        self._launch: Callable[[], int] = self._launch_hip if self._driver.hip else cuda
         self._attributes = (ctypes.addressof(_DEPENDENT), 1) if binary.dependent else (0, 0)
         self._lock = threading.Lock()  # of the memory, which the driver reads before it returns
 
@@ -151,10 +151,7 @@ class Kernel:
             self._driver.check(status, f"launching {self.name} on a grid of {x} by {y}")
         return None
 
-    def _launch_cuda(self) -> int:
-        return self._call(*self._cuda)
-
     def _launch_hip(self) -> int:
         x, y, z, *block, shared, stream, _, _ = struct.unpack_from("@" + _LAUNCH, self._memory)
         numbers = map(c_uint, (x, y, z, *block, shared))
-        return self._call(self._function, *numbers, c_void_p(stream), None, self._extra)
+        return self._driver.launch(self._function, *numbers, c_void_p(stream), None, self._extra)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from bridge.native import build as building
-from bridge.native.build import JAX_DTYPES, aligned, build, laid, rows_for, shape
+from bridge.native.build import JAX_DTYPES, aligned, build, lying, row_stride, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.grouped_matmul import ANY, Groups
 from kernels_pallas import gated_grad as gated_kernels
 from kernels_pallas import grouped_matmul as kernels
 from kernels_pallas import grouped_matmul_grad as grad_kernels
+from kernels_pallas.launch import remembered
 
 INT32 = torch.int32
 
@@ -61,6 +62,47 @@ def _matmul(
     return build(function, device, is_aligned, **arrays, **static)[0]
 
 
+@remembered
+def _planned(
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],  # of the weight, [E, K, N]
+    activation: str | None,
+    keep: bool,
+    transposed: bool,
+    num_rows: int,
+    gathered: tuple[int, int, int] | None,  # tokens, how far apart they lie, and slots a token
+    groups: Groups,
+    is_aligned: bool,
+    device: int,
+) -> tuple[Kernel, int, tuple[int, ...]]:
+    """The kernel, its programs, and what to pass behind the number of rows."""
+    num_experts, depth, columns = sizes
+    width = columns if activation is None else columns // 2
+    config = kernels.config_for(
+        groups.expected or num_rows,
+        num_experts,
+        depth,
+        width,
+        JAX_DTYPES[dtype],
+        _platform(),
+        gated=activation is not None,
+        room=building.target_of(device).shared_bytes,
+    )
+    lies: tuple[int, int, int, int] | None = None
+    distance: tuple[int, ...] = ()
+    if gathered:
+        num_tokens, apart, num_slots = gathered
+        stride, tokens, divisor, distance = lying(apart, depth, num_tokens, dtype.itemsize)
+        lies = stride, tokens, divisor, num_slots
+    in_memory = (num_experts, columns, depth) if transposed else (num_experts, depth, columns)
+    rows = rows_for(num_rows, max(depth, columns if keep else width), dtype.itemsize)
+    kernel = _matmul(
+        dtype, in_memory, activation, keep, transposed, rows, lies, groups.clear, config, is_aligned, device
+    )
+    (programs,) = kernels.grid_for(num_rows, num_experts, width, config)
+    return kernel, programs, distance
+
+
 def _run(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -76,38 +118,16 @@ def _run(
         for out in outs:
             out.zero_()
         return
-    num_experts, transposed = weight.shape[0], is_transposed(weight)
-    config = kernels.config_for(
-        groups.expected or num_rows,
-        num_experts,
-        depth,
-        width,
-        JAX_DTYPES[rows.dtype],
-        _platform(),
-        gated=activation is not None,
-        room=building.target_of(rows.get_device()).shared_bytes,
-    )
     ins, into = [tensor.data_ptr() for tensor in (rows, weight, group_sizes)], [out.data_ptr() for out in outs]
-    gathered: tuple[int, int, int, int] | None = None
-    distance: tuple[int, ...] = ()
+    gathered = None
     if slots is not None:
         ins.append(slots.data_ptr())
-        stride, tokens, divisor, distance = laid(rows, num_tokens)
-        gathered = stride, tokens, divisor, num_slots
-    kernel = _matmul(
-        rows.dtype,
-        tuple(weight.mT.shape if transposed else weight.shape),
-        activation,
-        len(outs) > 1,
-        transposed,
-        rows_for(num_rows, max(depth, outs[-1].shape[1]), rows.itemsize),
-        gathered,
-        groups.clear,
-        config,
-        aligned(*ins, *into),
-        rows.get_device(),
+        gathered = num_tokens, row_stride(rows), num_slots
+    is_aligned, device = aligned(*ins, *into), rows.get_device()
+    sizes, keep, transposed = weight.shape, len(outs) > 1, is_transposed(weight)
+    kernel, programs, distance = _planned(
+        rows.dtype, sizes, activation, keep, transposed, num_rows, gathered, groups, is_aligned, device
     )
-    (programs,) = kernels.grid_for(num_rows, num_experts, width, config)
     kernel(programs, 1, *ins, num_rows, *distance, *into)
 
 

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from bridge.native import guards
-from bridge.native.build import ALIGNMENT, JAX_DTYPES, aligned, build, laid, rows_for, shape
+from bridge.native.build import ALIGNMENT, JAX_DTYPES, aligned, build, laid, lying, row_stride, rows_for, shape
 from bridge.native.driver import Kernel
 from jaxmoe.config import RoutingConfig, rule_for
 from kernels_pallas import count, route_grad
 from kernels_pallas import route as route_kernels
 from kernels_pallas import router_logits as logits_kernels
 from kernels_pallas import router_logits_grad as grad_kernels
+from kernels_pallas.launch import remembered
 
 INT32, FLOAT32 = torch.int32, torch.float32
 
@@ -261,11 +262,18 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     out = x.new_empty((num_tokens, num_experts), dtype=FLOAT32)
     if num_tokens:
-        kind = logits_kernels.kind_of(JAX_DTYPES[x.dtype], JAX_DTYPES[weight.dtype])
-        config = logits_kernels.config_for(num_tokens, num_experts, width, kind, _platform())
-        slices = logits_kernels.slices_for(num_tokens, num_experts, width, config)
-        launch_router_logits(x, weight, out, config, slices)
+        launch_router_logits(x, weight, out, *_cut_logits(num_tokens, num_experts, width, x.dtype, weight.dtype))
     return out
+
+
+@remembered
+def _cut_logits(
+    num_tokens: int, num_experts: int, width: int, x: torch.dtype, weight: torch.dtype
+) -> tuple[logits_kernels.Config, int]:
+    """The config, and into how many slices H is cut."""
+    kind = logits_kernels.kind_of(JAX_DTYPES[x], JAX_DTYPES[weight])
+    config = logits_kernels.config_for(num_tokens, num_experts, width, kind, _platform())
+    return config, logits_kernels.slices_for(num_tokens, num_experts, width, config)
 
 
 def launch_router_logits(
@@ -275,16 +283,29 @@ def launch_router_logits(
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     sums = out if slices == 1 else out.new_empty((slices * num_tokens, num_experts))
     ins, to = (x.data_ptr(), weight.data_ptr()), sums.data_ptr()
-    stride, rows, divisor, distance = laid(x, num_tokens)
-    rows = max(rows, rows_for(num_tokens, num_experts, 4))  # offsets reach the result, too
-    is_aligned, device = aligned(*ins, to), x.get_device()
-    kernel = _router_logits(
-        x.dtype, weight.dtype, num_experts, width, stride, rows, divisor, config, is_aligned, device
-    )
-    sizes = (num_tokens, *(() if config.plain else (logits_kernels.steps_for(width, slices, config),)), *distance)
-    kernel(*logits_kernels.grid_for(num_tokens, num_experts, slices, config), *ins, *sizes, to)
+    sizes, dtypes = (num_tokens, num_experts, width, row_stride(x)), (x.dtype, weight.dtype)
+    kernel, grid, passed = _planned_logits(sizes, dtypes, config, slices, aligned(*ins, to), x.get_device())
+    kernel(*grid, *ins, *passed, to)
     if slices > 1:
         _add_slices(sums, out, slices)
+
+
+@remembered
+def _planned_logits(
+    sizes: tuple[int, int, int, int],  # tokens, experts, H, and how far apart tokens lie
+    dtypes: tuple[torch.dtype, torch.dtype],  # of x and of the weight
+    config: logits_kernels.Config,
+    slices: int,
+    is_aligned: bool,
+    device: int,
+) -> tuple[Kernel, tuple[int, int], tuple[int, ...]]:
+    """The kernel, its programs, and what to pass between the addresses."""
+    num_tokens, num_experts, width, apart = sizes
+    stride, rows, divisor, distance = lying(apart, width, num_tokens, dtypes[0].itemsize)
+    rows = max(rows, rows_for(num_tokens, num_experts, 4))  # offsets reach the result, too
+    kernel = _router_logits(*dtypes, num_experts, width, stride, rows, divisor, config, is_aligned, device)
+    steps = () if config.plain else (logits_kernels.steps_for(width, slices, config),)
+    return kernel, logits_kernels.grid_for(num_tokens, num_experts, slices, config), (num_tokens, *steps, *distance)
 
 
 def _platform() -> str:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from bridge import path
-from bridge.checks import check_out
+from bridge.checks import check_at_least_one, check_layout, check_out, row_stride
+from bridge.checks_of_layer import check_experts, check_layer
+from bridge.native import dispatch as moves
+from bridge.native import routing as native
+from bridge.ops import weighted_experts as behind
+from bridge.ops.experts import check_weight
 from bridge.ops.library import LIBRARY, register_batch
-from bridge.ops.plan_dispatch import plan_dispatch
-from bridge.ops.routing import route, router_logits
+from bridge.ops.plan_dispatch import check_sizes, empty_plan, plan_dispatch
+from bridge.ops.routing import check_count, empty_results, route, router_logits
 from bridge.ops.weighted_experts import weighted_experts, weighted_experts_out
 from jaxmoe.layer import rows_of
 
@@ -114,6 +120,113 @@ def _moe_out(
     return weights, chosen, load
 
 
+# On a GPU, below autograd: all that can be wrong is said first, then kernels are launched, with no ops between.
+
+
+def _check_layouts(x: Tensor, gate_up: Tensor, down: Tensor, **others: Tensor | None) -> None:
+    row_stride("x", x)
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        check_weight(name, weight, x.device)
+    check_layout(x.device, **others)
+
+
+def _check_native(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_map: Tensor | None,
+    max_rows: int | None,
+    activation: str,
+    out: Tensor | None = None,
+) -> None:
+    check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
+    _check_layouts(x, gate_up, down, experts=experts, weights=weights, expert_map=expert_map, out=out)
+    check_sizes(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
+
+
+def _fill(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_map: Tensor | None,
+    max_rows: int | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    num_here, num_ids = gate_up.shape[0], (gate_up if expert_map is None else expert_map).shape[0]
+    plan = empty_plan(experts, num_here, 1, rows_of(max_rows))
+    moves.plan_dispatch(experts, num_here, 1, expert_map, *plan)
+    behind.run(behind.Given(x, *plan, weights, gate_up, down), num_ids, activation, out)
+
+
+def _fused_experts_native(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    expert_map: Tensor | None = None,
+    max_rows: int | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    given = x, experts, weights, gate_up, down, expert_map, max_rows, activation
+    _check_native(*given)
+    out = x.new_empty(x.shape)
+    _fill(*given, out)
+    return out
+
+
+def _fused_experts_out_native(*args: Any) -> None:
+    x, experts, weights, gate_up, down, expert_map, _, _, out = args
+    _check_native(*args)
+    given = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
+    check_out({"out": out}, {**given, "expert_map": expert_map})
+    _fill(*args)
+    increment_version(out)
+
+
+def _moe_native(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    valid: Tensor | None,
+    number: int | None,
+    config: str,
+    expert_map: Tensor | None = None,
+    max_rows: int | None = None,
+    activation: str = "silu",
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    known = native.config_of(config)
+    check_layer(x, router, gate_up, down, bias, known, expert_map, activation, out)
+    check_at_least_one("router", router, 1)
+    check_count(valid, number)
+    others = {"router": router, "bias": bias, "num_valid_tokens": valid, "expert_map": expert_map}
+    _check_layouts(x, gate_up, down, **others, out=out)
+    weights, experts, load = empty_results(x, known, True)
+    check_sizes(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
+    if out is None:
+        y = x.new_empty(x.shape)
+    else:
+        y = out
+        check_out({"out": out}, {"x": x, **others, "gate_up": gate_up, "down": down})
+    native.route(native.router_logits(x, router), bias, valid, number, config, weights, experts, load)
+    _fill(x, experts, weights, gate_up, down, expert_map, max_rows, activation, y)
+    return y, weights, experts, load
+
+
+def _moe_out_native(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, weights, experts, load = _moe_native(*args)
+    increment_version(out)
+    return weights, experts, load
+
+
 def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     routed = load[: bias.shape[0]]
     # In integers: a rounded mean would move the bias of a load that is perfectly even.
@@ -123,10 +236,14 @@ def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return (bias.float() + rate * sign.float()).to(bias.dtype)
 
 
-def _define(schema: str, function: Any) -> Any:
+def _define(schema: str, function: Any, native: Any = None) -> Any:
+    """An op that is other ops: `function`. Where `native` is given that is it on a GPU, below autograd."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    if native is not None:
+        LIBRARY.impl(name, function, "AutogradCUDA")  # which "CUDA" alone would take away
+        LIBRARY.impl(name, native, "CUDA")
     op = getattr(torch.ops.jaxmoe, name).default
     if "!" not in schema:
         register_batch(name, op)
@@ -137,22 +254,26 @@ fused_experts = _define(
     "fused_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? expert_map=None,"
     " SymInt? max_rows=None, str activation='silu') -> Tensor",
     _fused_experts,
+    _fused_experts_native,
 )
 fused_experts_out = _define(
     "fused_experts_out(Tensor x, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, Tensor? expert_map,"
     " SymInt? max_rows, str activation, Tensor(a!) out) -> ()",
     _fused_experts_out,
+    _fused_experts_out_native,
 )
 moe = _define(
     "moe(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens, SymInt? number,"
     " str config, Tensor? expert_map=None, SymInt? max_rows=None, str activation='silu')"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _moe,
+    _moe_native,
 )
 moe_out = _define(
     "moe_out(Tensor x, Tensor router, Tensor? bias, Tensor gate_up, Tensor down, Tensor? num_valid_tokens,"
     " SymInt? number, str config, Tensor? expert_map, SymInt? max_rows, str activation, Tensor(a!) out)"
     " -> (Tensor, Tensor, Tensor)",
     _moe_out,
+    _moe_out_native,
 )
 update_bias = _define("update_bias(Tensor bias, Tensor load, float rate) -> Tensor", _update_bias)

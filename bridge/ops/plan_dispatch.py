@@ -21,12 +21,18 @@ Tensor = torch.Tensor
 def _check_ids(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None) -> None:
     check("experts", experts, ("T", "S"), INT32)
     check_layout(experts.device, experts=experts, expert_map=expert_map)
-    check_at_least_one("experts", experts, 1)
     check_plan_sizes(num_experts, align)
+    if expert_map is not None:
+        check("expert_map", expert_map, ("ids",), INT32)
+    check_sizes(experts, num_experts, align, expert_map, max_rows)
+
+
+def check_sizes(experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None) -> None:
+    """Raises ValueError unless there is a plan of this size; all the rest has been checked."""
+    check_at_least_one("experts", experts, 1)
     if not isinstance(max_rows, torch.SymInt):  # of which the op is told the value, when it runs
         check_max_rows(max_rows, align)
     if expert_map is not None:
-        check("expert_map", expert_map, ("ids",), INT32)
         check_at_least_one("expert_map", expert_map, 0)
     check_plan_rows(experts.shape, num_experts, align)
 
@@ -35,6 +41,11 @@ def _plan_fake(
     experts: Tensor, num_experts: int, align: int, expert_map: Tensor | None, max_rows: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_ids(experts, num_experts, align, expert_map, max_rows)
+    return empty_plan(experts, num_experts, align, max_rows)
+
+
+def empty_plan(experts: Tensor, num_experts: int, align: int, max_rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for rows, slots and group sizes."""
     rows = num_rows(experts.shape[0] * experts.shape[1], num_experts, align)
     if max_rows is not None:
         rows = torch.sym_min(rows, max_rows)  # not min, which would make torch.compile guard on the tokens

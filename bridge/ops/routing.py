@@ -30,14 +30,20 @@ def _check_route(logits: Tensor, bias: Tensor | None, valid: Tensor | None, numb
     row_stride("logits", logits)
     if bias is not None:
         check("bias", bias, (config.num_experts,))
+    check_count(valid, number)
+    check_layout(logits.device, bias=bias, num_valid_tokens=valid)
+
+
+def check_count(valid: Tensor | None, number: Any) -> None:
+    """Raises ValueError unless this says how many tokens are valid."""
     if valid is not None:
         check("num_valid_tokens", valid, (), INT32)
         if number is not None:
             raise ValueError("num_valid_tokens: expected a tensor or a number, got both")
-    check_layout(logits.device, bias=bias, num_valid_tokens=valid)
 
 
-def _empty_results(logits: Tensor, config: Any, return_load: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty_results(logits: Tensor, config: Any, return_load: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for weights, experts and load."""
     sizes = (logits.shape[0], config.num_slots)
     return (
         logits.new_empty(sizes, dtype=torch.float32),
@@ -50,7 +56,7 @@ def _route_fake(
     logits: Tensor, bias: Tensor | None, valid: Tensor | None, number: Any, config: str, return_load: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_route(logits, bias, valid, number, config_of(config))
-    return _empty_results(logits, config_of(config), return_load)
+    return empty_results(logits, config_of(config), return_load)
 
 
 def _route_native(

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import bridge
 from bridge.native import experts
+from bridge.ops import layer as ops
 from bridge.ops import weighted_experts
 from jaxmoe import layer
 from tests import oracle
@@ -115,3 +117,35 @@ def test_weighted_experts(
         scale = float(jax.numpy.abs(w).max())
         assert (scale > 0) == (end > 0)
         oracle.same(array(g), np.asarray(w, np.float64), rtol=0.03, atol=0.01 * scale)
+
+
+@pytest.mark.parametrize("local", [(2, -1, 0, 1, -1), None], ids=["three are here", ""])
+def test_the_layer_at_once(local: tuple[int, ...] | None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, and what lies behind routing, as they are launched where nobody asks for gradients."""
+    monkeypatch.setattr(native, "POISON", 0xFF)
+    config = bridge.RoutingConfig(num_experts=4, top_k=2, n_shared_experts=1)
+    here, most = (5, None) if local is None else (3, 8)
+    arrays = [normal(0, 6, WIDTH, dtype=BF16), normal(1, 4, WIDTH, scale=0.1), normal(2, 4)]
+    arrays += [normal(3, here, WIDTH, 2 * INNER, dtype=BF16, scale=0.1), normal(4, here, INNER, WIDTH, dtype=BF16)]
+    x, router, bias, gate_up, down = map(emulator.put, arrays)
+    expert_map = None if local is None else emulator.put(np.asarray(local, np.int32))
+    out = emulator.empty(6, WIDTH, dtype=torch.bfloat16)
+    given = x, router, bias, gate_up, down, None, 5, config.json, expert_map, most, "gelu"
+    y, *routing = ops._moe_native(*given)
+    again = ops._moe_out_native(*given, out)
+    weights, chosen, load = routing
+    behind = x, chosen, weights, gate_up, down, expert_map, most, "gelu"
+    part = ops._fused_experts_native(*behind)
+    params = bridge.MoEParams(router, gate_up, down, bias)
+    options = {"num_valid_tokens": 5, "expert_map": expert_map, "max_rows": most, "activation": "gelu"}
+    want, wanted = bridge.moe(x, params, config, **options, implementation="xla")
+    assert torch.equal(chosen, wanted.experts)
+    assert torch.equal(load, wanted.load)
+    torch.testing.assert_close(weights, wanted.weights)
+    scale = float(want.float().abs().max())
+    torch.testing.assert_close(y.float(), want.float(), rtol=0.03, atol=0.02 * scale)
+    assert not y[5:].any(), "of tokens that are not valid"
+    assert all(torch.equal(one, other) for one, other in zip((*routing, y), (*again, out), strict=True))
+    assert torch.equal(part, y)
+    ops._fused_experts_out_native(*behind, out.zero_())
+    assert torch.equal(out, y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bridge
 from bridge.native import build, dispatch, experts, routing
 from bridge.ops import experts as ops
+from bridge.ops import layer as layer_ops
 from bridge.ops import weighted_experts
+from jaxmoe.grouped_matmul import ANY
 from kernels_pallas.targets import TARGETS, Binary
 
 pytest.importorskip("triton")
@@ -283,3 +285,111 @@ def test_memory_of_the_experts_backward_pass(launches: list[Any]) -> None:
         ops._experts_backward_native(rows, rows, gate_up, down, sizes, "silu", True)
     assert [name for name, _ in launches].count("grouped_outer") == 2
     assert live.peak == 320 * 96 * 2 + gate_up.nbytes + down.nbytes + rows.nbytes
+
+
+class Found:
+    """Stands in for a kernel: which one it is, and how it was launched, but for addresses."""
+
+    def __init__(self, launches: list[Any], request: str) -> None:
+        self.launches, self.request = launches, request
+
+    def __call__(self, x: int, y: int, *arguments: int) -> None:
+        self.launches.append((self.request, x, y, [value if value < 2**20 else "address" for value in arguments]))
+
+
+def kinds_of_calls() -> list[Callable[[], Any]]:
+    """Calls of which each differs from the first of its kind in one thing alone."""
+    zeros = lambda *shape, dtype=torch.bfloat16: torch.zeros(shape, dtype=dtype)
+    int32, float32 = torch.int32, torch.float32
+    shifted = lambda *shape, dtype=torch.bfloat16: zeros(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+    apart = lambda rows, width, by: zeros(rows, width + by)[:, :width]
+
+    def layer(
+        tokens: int = 5,
+        slots: int = 2,
+        width: int = 64,
+        inner: int = 48,
+        here: int = 7,
+        most: int | None = None,
+        **k: Any,
+    ) -> Any:
+        dtype = k.get("dtype", torch.bfloat16)
+        ids = zeros(tokens, slots, dtype=int32)
+        gate_up, down = zeros(here, width, 2 * inner, dtype=dtype), zeros(here, inner, width, dtype=dtype)
+        if k.get("transposed"):
+            gate_up, down = (w.mT.contiguous().mT for w in (gate_up, down))
+        local = k.get("local") and zeros(k["local"], dtype=int32)
+        weights = zeros(tokens, slots, dtype=k.get("weights", float32))
+        x = k["x"]() if "x" in k else zeros(tokens, width, dtype=dtype)
+        return lambda: layer_ops._fused_experts_native(x, ids, weights, gate_up, down, local, most, k.get("of", "silu"))
+
+    def router(x: Any, weight: Any) -> Any:
+        return lambda: routing.router_logits(x, weight)
+
+    def combined(x: Any, tokens: int = 5, end: Any = None) -> Any:
+        rows, weights, out = zeros(tokens, 2, dtype=int32), zeros(tokens, 2), zeros(tokens, x.shape[1])
+        return lambda: dispatch.combine(x, rows, weights, out, end)
+
+    return [
+        *(layer(), layer(6), layer(400), layer(slots=3), layer(width=80), layer(inner=64), layer(here=8)),
+        *(layer(dtype=torch.float16), layer(weights=torch.bfloat16), layer(transposed=True), layer(of="gelu")),
+        *(layer(most=8), layer(local=20), layer(local=40), layer(local=20, most=8)),
+        *(layer(x=lambda: apart(5, 64, 16)), layer(x=lambda: apart(5, 64, 32)), layer(x=lambda: apart(5, 64, 3))),
+        layer(x=lambda: shifted(5, 64)),
+        *(router(zeros(5, 64), zeros(8, 64)), router(zeros(9, 64), zeros(8, 64)), router(zeros(5, 80), zeros(8, 80))),
+        *(router(zeros(5, 64), zeros(9, 64)), router(zeros(5, 64), zeros(8, 64, dtype=float32))),
+        *(router(apart(5, 64, 16), zeros(8, 64)), router(apart(5, 64, 3), zeros(8, 64))),
+        *(router(shifted(5, 64), zeros(8, 64)), router(zeros(100, 4096), zeros(64, 4096))),
+        *(
+            combined(zeros(10, 64)),
+            combined(zeros(10, 64), 600),
+            combined(apart(10, 64, 16)),
+            combined(apart(10, 64, 3)),
+        ),
+        *(combined(zeros(10, 80)), combined(zeros(10, 64), end=zeros(1, dtype=torch.int64)), combined(shifted(10, 64))),
+    ]
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What is launched, of kernels that are not compiled."""
+    seen: list[Any] = []
+
+    def made(function: Any, device: int, is_aligned: bool, **arguments: Any) -> list[Found]:
+        return [Found(seen, f"{function.__name__} {number} {device} {is_aligned} {arguments}") for number in (0, 1)]
+
+    for module in (dispatch, experts, routing):
+        monkeypatch.setattr(module, "build", made)
+    monkeypatch.setattr(build, "target_of", lambda device: TARGETS["sm_90"])
+    clear()
+    yield seen
+    clear()
+
+
+def test_what_is_remembered_of_a_call_is_not_that_of_another(found: list[Any]) -> None:
+    """Each after all the others is launched as in a process that knows none."""
+    calls = kinds_of_calls()
+
+    def launches(call: Any) -> list[Any]:
+        found.clear()
+        call()
+        return list(found)
+
+    alone = [clear() or launches(call) for call in calls]
+    together = [launches(call) for call in [*calls, *calls]]
+    assert together == alone * 2
+    assert len({str(each) for each in alone}) == len(alone), "each differs"
+
+
+def test_offsets_of_64_bits_where_one_array_asks_for_them(found: list[Any]) -> None:
+    """The rows that are read, those that are written, or gate and up, which are twice as wide, where these are kept."""
+
+    def rows(depth: int, columns: int, activation: str | None, keep: bool) -> str:
+        sizes, how = (8, depth, columns), (False, 2**20, None, ANY, True, 0)
+        kernel = experts._planned(torch.bfloat16, sizes, activation, keep, *how)[0]
+        return "wide" if f"shape=({2**20}" in kernel.request else "narrow"  # else lowered for one row
+
+    assert rows(2048, 4096, "silu", False) == "narrow"
+    assert rows(2048, 4096, "silu", True) == "wide"
+    assert rows(2064, 4096, "silu", False) == rows(2064, 64, None, False) == "wide"
+    assert (rows(64, 2048, None, False), rows(64, 2064, None, False)) == ("narrow", "wide")

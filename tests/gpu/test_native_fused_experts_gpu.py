@@ -264,3 +264,30 @@ def test_captured_and_replayed(name: str, kind: str, scarce: bool) -> None:
         seen.append(kept[0])
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in inductor
+@pytest.mark.parametrize("mode", ["enable_grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("name", ["fused_experts", "moe"])
+def test_compiled(name: str, mode: str) -> None:
+    """In one graph, the bits of the eager call, which takes the ops' own kernels where nobody asks for a gradient."""
+    torch._dynamo.reset()
+    how = {"expert_map": local_map(), "max_rows": room(64, True)}
+    if name == "moe":
+        (x, second, *experts), bias, up = layer_inputs(64, torch.bfloat16, True, 5)
+    else:
+        ids, (x, second, *experts), up = behind_routing(64, torch.bfloat16, True, 5)
+
+    def run(x: Any, second: Any, gate_up: Any, down: Any) -> Any:
+        if name == "moe":
+            return bridge.moe(x, bridge.MoEParams(second, gate_up, down, bias), CONFIG, **how)[0]
+        return bridge.fused_experts(x, ids, second, gate_up, down, **how)
+
+    leaves = [x, second, *experts]
+    with getattr(torch, mode)():
+        want, got = run(*leaves), torch.compile(run, fullgraph=True)(*leaves)
+        assert want.any()
+        assert torch.equal(got, want)
+    if mode == "enable_grad":
+        for a, b in zip(gradients(got, leaves, up), gradients(want, leaves, up), strict=True):
+            assert torch.equal(a, b)

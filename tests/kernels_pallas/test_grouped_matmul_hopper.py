@@ -50,7 +50,7 @@ CASES = [
     Case("one huge group, odd E, parts that take turns", (0, 0, 704), 768),
     Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
     Case("one step", (128, 64), 256, 64),
-    Case("experts in and out of order, some with as many rows", (64, 192, 64, 256, 0, 192), 832),
+    Case("experts in and out of order, some with as many rows", (64, 192, 128, 64, 256, 0, 192, 128), 1088),
 ]
 
 
@@ -182,9 +182,11 @@ def test_every_tile_once(columns: int, together: int) -> None:
 @pytest.mark.parametrize("large_first", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_experts_of_blocks(case: Case, large_first: bool) -> None:
-    """Experts with equally many rows keep their order."""
+    """Those with many tiles first, then those without half a one; else they keep their order."""
     sizes = case.sizes
-    order = sorted(range(len(sizes)), key=lambda e: (-sizes[e] if large_first else 0, e))
+    order = list(range(len(sizes)))
+    if large_first:
+        order.sort(key=lambda e: (-(sizes[e] // (2 * BLOCK)), sizes[e] % (2 * BLOCK)))
     bounds = [0, *np.cumsum(sizes).tolist(), case.rows]
     want: list[tuple[int, ...]] = []
     for e in (*order, len(sizes)):
