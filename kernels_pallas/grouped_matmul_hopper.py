@@ -232,7 +232,7 @@ def grouped_matmul(
     assert config.columns // BLOCK % config.stores == 0, "the pieces of a result take turns"
     # Programs go through an expert's tiles side by side, so that what one reads is in the cache for others, as long as
     # all tiles take as long. Two halves of one do not quite, and behind them programs are apart: then a large expert's
-    # weights, if they do not fit into the cache, come from memory again and again, 9.3 GB of Zipf's groups for 5.3.
+    # weights, if they do not fit into the cache, come from memory for each of its tiles.
     blocks = experts_of_blocks(group_sizes, num_rows, large_first=depth * width * weight.dtype.itemsize > CACHE)
     return hopper.launch(
         functools.partial(_kernel, config=config, transposed=transposed, clear=clear, programs=programs),
