@@ -90,7 +90,7 @@ def fused_experts(
     max_rows = most_rows(max_rows, 1)
     if path.takes_ops(x, implementation):
         eager = _is_eager(x, experts, weights, gate_up, down, expert_map, out)
-        if not (eager and isinstance(activation, str) and path.runs_natively(x)):  # else the op says what is wrong
+        if not _is_checked_below(eager, x, activation):
             check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
         given = x, experts, weights, gate_up, down, expert_map, max_rows, activation
         if out is None:
@@ -234,6 +234,11 @@ def _is_eager(*tensors: torch.Tensor | None) -> bool:
     return path.is_eager(*tensors) and not path.has_modes()
 
 
+def _is_checked_below(eager: bool, x: Any, activation: Any) -> bool:
+    """Whether the op itself says what is wrong, and can be called to do so."""
+    return path.goes_below(eager, x) and isinstance(activation, str) and x.ndim == 2
+
+
 def _moe(
     x: torch.Tensor,
     params: MoEParams,
@@ -248,8 +253,7 @@ def _moe(
     weights = params.router, without_gradient(params.bias), params.gate_up, params.down
     valid = num_valid_tokens if isinstance(num_valid_tokens, torch.Tensor) else None
     eager = _is_eager(x, *weights, valid, expert_map, out)
-    passes = isinstance(config, RoutingConfig) and isinstance(activation, str) and x.ndim == 2  # to the op
-    if not (eager and passes and path.runs_natively(x)):  # else the op says what is wrong
+    if not (isinstance(config, RoutingConfig) and _is_checked_below(eager, x, activation)):
         check_layer(x, *params, config, expert_map, activation, out)
     valid, number = check_count(num_valid_tokens, "x", x)
     given = x, *weights, valid, number, config.json, expert_map, max_rows, activation

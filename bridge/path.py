@@ -147,6 +147,11 @@ def has_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def goes_below(eager: bool, tensor: torch.Tensor) -> bool:
+    """Whether `run` reaches what an op is on a GPU below autograd, for ops that are something else above it."""
+    return eager and _below_autograd is not contextlib.nullcontext and runs_natively(tensor)
+
+
 def takes_ops(tensor: Any, implementation: str | None) -> bool:
     """Whether a call on this tensor goes through the torch ops.
 

@@ -118,10 +118,11 @@ def load_hf_moe(
     published). GLM-4.5, Kimi-K2, dots.llm1, OLMoE and Qwen3-MoE have DeepSeek's names. Which names they are is found
     from the tensors; everything behind the prefix must be one of them. What is returned is put together on the host.
 
-    Refused are blocks that compute something else: of gpt-oss (biases), Nemotron (no gate), DeepSeek-V4 (clamps) and
-    Kimi-K3 (a projection around the routed experts), and a shared expert with a gate of its own (`shared_expert_gate`,
-    Qwen2-MoE, Qwen3-Next, Qwen3.5). Without `shared_expert.*` and `shared_expert_gate.weight` in `tensors` the rest of
-    such a block is read; add the shared expert to the layer's output yourself.
+    Refused are blocks whose tensors say that they compute something else: of gpt-oss (biases), Nemotron (no gate),
+    DeepSeek-V4 (clamps) and Kimi-K3 (a projection around the routed experts), and a shared expert with a gate of its
+    own (`shared_expert_gate`, Qwen2-MoE, Qwen3-Next, Qwen3.5). Without `shared_expert.*` and
+    `shared_expert_gate.weight` in `tensors` the rest of such a block is read; add the shared expert to the layer's
+    output yourself. What no tensor says is not noticed: another activation, or clamps (GLM-5-Next's).
 
     A projection's `weight` may also be quantised in blocks, as DeepSeek-V3 and MiniMax-M2 are published: float8_e4m3fn
     [rows, columns], beside `weight_scale_inv` [ceil(rows / block_size[0]), ceil(columns / block_size[1])]. It is
@@ -159,8 +160,8 @@ def load_hf_moe(
         families, and tensors that say that the block is none of this kind.
 
     Source: Hugging Face transformers 5.24, conversion_mapping.py (what published names become) and the models'
-      modeling_*.py; of the scales DeepSeek-V3, arXiv:2412.19437, section 3.3, and its repository's README_WEIGHTS.md
-      and inference/fp8_cast_bf16.py.
+      modeling_*.py; of Kimi-K3, MiniMax-M2's scales and Qwen's stacks public loaders; of DeepSeek-V3's scales
+      arXiv:2412.19437, section 3.3, and its repository's README_WEIGHTS.md and inference/fp8_cast_bf16.py.
 
     Example:
       >>> import jax.numpy as jnp, jaxmoe
@@ -199,13 +200,20 @@ def load_hf_moe(
 
     if naming.stacked:
         gate_up, down = (read(name, (config.num_experts, "rows", "columns")) for name in STACKS)
-        # Models have them either way round. What they are is never open: 2 * I and I are not both H.
-        if (gate_up.shape[2], down.shape[1]) == (hidden, hidden):
+        # Models have both either way round. Which is never open, as 2 * I and I are not both H; a mixture may be taken
+        # for one of them.
+        turned = (gate_up.shape[2], down.shape[1]) == (hidden, hidden)
+
+        def check(name: str, stack: np.ndarray, rows: int, columns: int | str, dtypes: tuple[Any, ...]) -> None:
+            check_array(
+                start + name, stack, (config.num_experts, *((columns, rows) if turned else (rows, columns))), dtypes
+            )
+
+        check(STACKS[0], gate_up, hidden, "2 * I", FLOATS)
+        inner = half(start + STACKS[0], gate_up.shape[1 if turned else 2], "second" if turned else "last")
+        check(STACKS[1], down, inner, hidden, FLOATS if dtype is not None else (gate_up.dtype,))
+        if turned:
             gate_up, down = gate_up.swapaxes(1, 2), down.swapaxes(1, 2)
-        check_array(start + STACKS[0], gate_up, (config.num_experts, hidden, "2 * I"))
-        inner = half(start + STACKS[0], gate_up.shape[2])
-        stored = FLOATS if dtype is not None else (gate_up.dtype,)
-        check_array(start + STACKS[1], down, (config.num_experts, inner, hidden), stored)
         return params(jnp.array(gate_up, dtype), jnp.array(down, dtype))
 
     projections = [projection for mlp in naming.mlps(config, fused=True) for projection in mlp.projections]

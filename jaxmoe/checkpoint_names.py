@@ -75,13 +75,13 @@ NAMINGS: dict[str, Naming] = {
 
 # Tensors that say that a block computes something else than a layer here does, and what.
 _LATENT = "expected routed experts that read the layer's input, got ones behind a projection"
-_CLAMPED = "expected no tensor of this name, which DeepSeek-V4 has, whose experts clamp what goes into silu, got one"
+_CLAMPED = "whose experts clamp what goes into silu, which none do here"
 UNFIT: dict[str, str] = {
     "shared_expert_gate.weight": "expected shared experts that are simply added, got one that is multiplied by a gate "
     "of its own; leave it and shared_expert.* out of the tensors, and add it to the layer's output",
     "experts.gate_up_proj_bias": "expected experts without biases and clamps, got those of gpt-oss",
-    "gate.bias": _CLAMPED,
-    "gate.tid2eid": _CLAMPED,
+    "gate.bias": f"expected the bias under another name, got it as DeepSeek-V4 has it, {_CLAMPED}",
+    "gate.tid2eid": f"expected no tensor of this name, got one as DeepSeek-V4 has it, {_CLAMPED}",
     "routed_expert_down_proj.weight": _LATENT,
     "fc1_latent_proj.weight": _LATENT,
 }
@@ -134,7 +134,7 @@ def check_names(tensors: Mapping[str, Any], start: str, naming: Naming, config: 
     """Raises ValueError unless the block has all tensors that it needs, and no others but scales."""
     mlps = naming.mlps(config, fused=True)
     projections = [f"{start}{projection}" for mlp in mlps for projection in mlp.projections]
-    up_of = {f"{start}{gate}.weight": f"{start}{up}.weight" for (gate, up, _), *_ in mlps}
+    gates, ups = ({f"{start}{mlp.projections[which]}.weight" for mlp in mlps} for which in (0, 1))
     wanted = [start + ROUTER, *([f"{start}{naming.bias}"] if has_bias else [])]
     wanted += [start + stack for stack in STACKS if naming.stacked] + [f"{name}.weight" for name in projections]
     others = {name for name in tensors if name.startswith(start)} - {*wanted, *(f"{p}.{SCALES}" for p in projections)}
@@ -145,7 +145,8 @@ def check_names(tensors: Mapping[str, Any], start: str, naming: Naming, config: 
         )
     for name in wanted:
         if name not in tensors:
-            ungated = "; experts without a gate fit no layer here" if up_of.get(name, name) in tensors else ""
-            raise ValueError(f"{name}: expected a tensor, got none{ungated}")
+            ungated = name in gates and gates.isdisjoint(tensors) and not ups.isdisjoint(tensors)
+            hint = "; experts without a gate fit no layer here" if ungated else ""
+            raise ValueError(f"{name}: expected a tensor, got none{hint}")
     for name in sorted(others):
         raise ValueError(f"{name}: expected no tensor of this name in the block, got one")

@@ -52,6 +52,16 @@ def config_for(
     return TILE if (expected or num_rows) >= least * num_experts else None
 
 
+def takes_large_first(depth: int, width: int, dtype: Any) -> bool:
+    """Whether large experts come first: where an expert's weights do not fit into the cache.
+
+    Programs go through an expert's tiles side by side, so that what one reads is in the cache for others, as long as
+    all tiles take as long. Two halves of one do not quite, and behind them programs are apart: then such weights come
+    from memory for each tile of a large expert.
+    """
+    return depth * width * jnp.dtype(dtype).itemsize > CACHE
+
+
 def experts_of_blocks(group_sizes: jax.Array, num_rows: int, *, large_first: bool) -> jax.Array:
     """int32 [4 * num_rows / 64], of the blocks of rows in the order in which they are multiplied.
 
@@ -230,10 +240,8 @@ def grouped_matmul(
     assert num_rows % BLOCK == depth % DEPTH == width % (2 * config.columns) == 0, f"{config} for {rows.shape}, {width}"
     assert config.num_stages > 1, "a stage is free when the next has begun"
     assert config.columns // BLOCK % config.stores == 0, "the pieces of a result take turns"
-    # Programs go through an expert's tiles side by side, so that what one reads is in the cache for others, as long as
-    # all tiles take as long. Two halves of one do not quite, and behind them programs are apart: then a large expert's
-    # weights, if they do not fit into the cache, come from memory for each of its tiles.
-    blocks = experts_of_blocks(group_sizes, num_rows, large_first=depth * width * weight.dtype.itemsize > CACHE)
+    large_first = takes_large_first(depth, width, weight.dtype)
+    blocks = experts_of_blocks(group_sizes, num_rows, large_first=large_first)
     return hopper.launch(
         functools.partial(_kernel, config=config, transposed=transposed, clear=clear, programs=programs),
         *(rows, weight, blocks),

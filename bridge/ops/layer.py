@@ -237,7 +237,11 @@ def _update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 
 def _define(schema: str, function: Any, native: Any = None) -> Any:
-    """An op that is other ops: `function`. Where `native` is given that is it on a GPU, below autograd."""
+    """An op that is other ops: `function`. Where `native` is given that is it on a GPU, below autograd.
+
+    Torch then keeps it whole where it decomposes what autograd would have: traced by make_fx in inference mode, in
+    inference mode within a compiled function, by an exported program's run_decompositions.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CompositeImplicitAutograd")

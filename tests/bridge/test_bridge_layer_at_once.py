@@ -112,6 +112,12 @@ def test_parameters_without_gradients(call: Any, mode: Any, seen: Seen) -> None:
     assert seen.launches == LAUNCHES[call] + LAUNCHES[whole]
 
 
+def in_one_place(numbers: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(So many int32, or of that shape; an out), of the same memory."""
+    memory = torch.zeros(T * H, dtype=BF16)
+    return memory.view(INT32)[:numbers].view(shape or (numbers,)), memory.view(T, H)
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)[..., ::2]
 
@@ -135,6 +141,15 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no tensor": (lambda k: {"down": 3}, r"down: expected a torch.Tensor .*got int"),
     "an activation": (lambda k: {"activation": "relu"}, r"^activation: expected one of .*got 'relu'"),
     "no activation": (lambda k: {"activation": ["silu"]}, r"^activation: expected one of .*got \['silu'\]"),
+    "a map that is no tensor": (
+        lambda k: {"expert_map": [0, 1, 2, 3]},
+        r"^expert_map: expected a torch.Tensor .*got list",
+    ),
+    "out that is no tensor": (lambda k: {"out": 3}, r"^out: expected a torch.Tensor .*got int"),
+    "out within the map": (
+        lambda k: dict(zip(("expert_map", "out"), in_one_place(E), strict=True)),
+        r"^out: .* overlaps expert_map$",
+    ),
     "room for none": (lambda k: {"max_rows": 0}, r"^max_rows: expected a positive int, got 0"),
     "a map of another dtype": (lambda k: {"expert_map": torch.arange(E)}, r"^expert_map: expected int32 .*got int64"),
     "a map that lies apart": (
@@ -198,6 +213,21 @@ OF_MOE: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         lambda k: {"num_valid_tokens": torch.tensor(1)},
         r"^num_valid_tokens: expected int32 \[\], got int64",
     ),
+    "out in the place of the bias": (
+        lambda k: {"out": (both := torch.zeros(T, H, dtype=BF16)), "bias": both[0, :E]},
+        r"^out: .* overlaps bias$",
+    ),
+    "out in the place of the number": (
+        lambda k: {"out": (both := torch.zeros(T, H, dtype=BF16)), "num_valid_tokens": both.view(INT32)[0, 0]},
+        r"^out: .* overlaps num_valid_tokens$",
+    ),
+    "no width": (
+        lambda k: {
+            name: k[name][tuple(slice(0) if size == H else slice(None) for size in k[name].shape)]
+            for name in ("x", "router", "gate_up", "down")
+        },
+        r"^router: expected at least one element along axis 1",
+    ),
     "out in the place of the router": (
         lambda k: {"out": k["router"][:T], "router": k["router"]},
         r"^out: .* overlaps router$",
@@ -217,13 +247,76 @@ def test_a_wrong_call_after_a_right_one(call: Any, change: Any, message: str, se
     kept = given()
     call(kept)
     wrong = {**kept, **change(kept)}
-    before = {name: (value.clone(), value._version) for name, value in wrong.items() if name == "out"}
+    outs = {name: value for name, value in wrong.items() if name == "out" and isinstance(value, torch.Tensor)}
+    before = {name: (value.clone(), value._version) for name, value in outs.items()}
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         call(wrong)
     assert seen.launches == LAUNCHES[call]
     for name, (value, version) in before.items():
         assert torch.equal(value, wrong[name])
         assert version == wrong[name]._version
+
+
+def through_ops(call: Any, kept: dict[str, Any]) -> None:
+    """The kernel for a GPU itself, as the dispatcher calls it."""
+    kept = {"bias": torch.zeros(E), "num_valid_tokens": torch.tensor(T, dtype=INT32), **kept}
+    last = kept["expert_map"], kept.get("max_rows"), "silu"
+    experts = kept["gate_up"], kept["down"]
+    if call is fused:
+        ops._fused_experts_native(kept["x"], kept["experts"], kept["weights"], *experts, *last)
+    else:
+        of_routing = kept["num_valid_tokens"], None, CONFIG.json
+        ops._moe_native(kept["x"], kept["router"], kept["bias"], *experts, *of_routing, *last)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "name", ["experts", "weights", "router", "bias", "num_valid_tokens", "gate_up", "down", "expert_map"]
+)
+def test_another_device(call: Any, name: str, seen: Seen) -> None:
+    """Of one argument alone: it is named, and nothing launched."""
+    kept = given(
+        expert_map=torch.arange(E, dtype=INT32), bias=torch.zeros(E), num_valid_tokens=torch.tensor(T, dtype=INT32)
+    )
+    through_ops(call, kept)
+    if name in (("router", "bias", "num_valid_tokens") if call is fused else ("experts", "weights")):
+        return
+    with pytest.raises(ValueError, match=rf"^{name}: expected the device of the first argument, cpu, got meta"):
+        through_ops(call, {**kept, name: kept[name].to("meta")})
+    assert seen.launches == LAUNCHES[call]
+
+
+@BOTH
+def test_ops_check_the_room(call: Any, seen: Seen) -> None:
+    """For those who call an op by its name."""
+    with pytest.raises(ValueError, match=r"^max_rows: expected .*, got -8"):
+        through_ops(call, given(expert_map=torch.arange(E, dtype=INT32), max_rows=-8))
+    assert not seen.launches
+
+
+@BOTH
+def test_all_is_checked_where_torch_does_not_go_below_autograd(
+    call: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does it is private. Above autograd an op is its parts, which do not know how many experts there are."""
+    monkeypatch.setattr(path, "_below_autograd", contextlib.nullcontext)
+    kept = given()
+    kept |= {"gate_up": kept["gate_up"][:2], "down": kept["down"][1:]}
+    with pytest.raises(
+        ValueError, match=r"down: expected bfloat16 \[2, 6, 8\]|^params.gate_up: expected bfloat16 \[4, 8, "
+    ):
+        call(kept)
+    assert seen.checks == ["check_experts" if call is fused else "check_layer"]
+    assert not seen.launches
+
+
+@BOTH
+@pytest.mark.parametrize("x", [3, None, [1.0]], ids=str)
+def test_compiled_with_no_tensor(call: Any, x: Any) -> None:
+    """What is wrong is said where torch traces, too."""
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"^x: expected a torch.Tensor .*got (int|NoneType|list)"):
+        torch.compile(lambda: call(given(x=x)), backend="eager")()
 
 
 @pytest.fixture
@@ -343,6 +436,38 @@ def test_make_fx_traces_the_parts(call: Any, mode: Any, trained: bool, parts: di
         traced = make_fx(lambda *tensors: call(dict(zip(names, tensors, strict=True))))(*tensors)
     called = [str(node.target) for node in traced.graph.nodes if str(node.target).startswith("jaxmoe.")]
     assert called == [f"jaxmoe.{name}.default" for name in PARTS[call]]
+
+
+@BOTH
+def test_where_torch_keeps_it_whole(call: Any, seen: Seen) -> None:
+    """In inference mode torch decomposes no op that has a kernel of its own: it is the op that is traced, and run."""
+    kept = given()
+    names = names_of(kept, call)
+    run = lambda *tensors: call(dict(zip(names, tensors, strict=True)))
+    tensors = [kept[name] for name in names]
+    with torch.inference_mode():
+        traced = make_fx(run)(*tensors)
+    called = [str(node.target) for node in traced.graph.nodes if str(node.target).startswith("jaxmoe.")]
+    assert called == ["jaxmoe.fused_experts.default" if call is fused else "jaxmoe.moe.default"]
+    seen.launches.clear()
+    with torch.inference_mode():
+        assert (traced(*tensors) == 7).all()
+    assert seen.launches == LAUNCHES[call]
+
+
+@BOTH
+def test_inference_mode_within_a_compiled_function(call: Any, parts: dict[str, Any]) -> None:
+    """There, too; what comes out is the same."""
+    names = names_of(parts, call)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return call(dict(zip(names, tensors, strict=True)))
+
+    tensors = [parts[name] for name in names]
+    wanted = call({**parts, "x": parts["x"].clone().requires_grad_()}).detach()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(*tensors), wanted)
 
 
 @pytest.mark.parametrize("name", NAMES)

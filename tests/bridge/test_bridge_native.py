@@ -330,7 +330,13 @@ def kinds_of_calls() -> list[Callable[[], Any]]:
         rows, weights, out = zeros(tokens, 2, dtype=int32), zeros(tokens, 2), zeros(tokens, x.shape[1])
         return lambda: dispatch.combine(x, rows, weights, out, end)
 
+    def gated(*, keep: bool = False, clear: bool = True) -> Any:
+        rows, weight, sizes = zeros(16, 64), zeros(3, 64, 96), zeros(3, dtype=int32)
+        outs = [zeros(16, 48), *([zeros(16, 96)] if keep else [])]
+        return lambda: experts.gated_matmul(rows, weight, sizes, "silu", *outs, groups=ANY._replace(clear=clear))
+
     return [
+        *(gated(), gated(keep=True), gated(clear=False)),
         *(layer(), layer(6), layer(400), layer(slots=3), layer(width=80), layer(inner=64), layer(here=8)),
         *(layer(dtype=torch.float16), layer(weights=torch.bfloat16), layer(transposed=True), layer(of="gelu")),
         *(layer(most=8), layer(local=20), layer(local=40), layer(local=20, most=8)),
@@ -366,8 +372,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     clear()
 
 
-def test_what_is_remembered_of_a_call_is_not_that_of_another(found: list[Any]) -> None:
-    """Each after all the others is launched as in a process that knows none."""
+def test_what_is_remembered_of_a_call_is_not_that_of_another(found: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each after all the others is launched as in a process that knows none; also after the same on another GPU."""
     calls = kinds_of_calls()
 
     def launches(call: Any) -> list[Any]:
@@ -379,6 +385,10 @@ def test_what_is_remembered_of_a_call_is_not_that_of_another(found: list[Any]) -
     together = [launches(call) for call in [*calls, *calls]]
     assert together == alone * 2
     assert len({str(each) for each in alone}) == len(alone), "each differs"
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 1)
+    elsewhere = [launches(call) for call in calls]
+    assert elsewhere == [clear() or launches(call) for call in calls]
+    assert not {str(each) for each in elsewhere} & {str(each) for each in alone}
 
 
 def test_offsets_of_64_bits_where_one_array_asks_for_them(found: list[Any]) -> None:

@@ -197,6 +197,24 @@ def test_wrong_stack(name: str, tensor: Any, message: str) -> None:
         load(tensors, config, has_bias=False)
 
 
+@pytest.mark.parametrize(
+    ("gate_up", "down", "message"),
+    [
+        ((3, 5, 10), (3, 10, 2), r"gate_up_proj: expected an even second axis, gate and up side by side, got 5"),
+        ((3, 6, 10), (3, 10, 4), r"down_proj: expected bfloat16 \[3, 10, 3\], got bfloat16\[3, 10, 4\]"),
+        ((3, 6, 10), (3, 3, 10), r"gate_up_proj: expected .*\[3, 10, 2 \* I\], got bfloat16\[3, 6, 10\]"),
+    ],
+)
+def test_wrong_stack_as_transformers_saves_it(gate_up: tuple[int, ...], down: tuple[int, ...], message: str) -> None:
+    """In the shapes that the caller has."""
+    tensors, _, config = block_of("qwen3-vl")
+    tensors |= {
+        f"{PREFIX}.experts.{name}_proj": np.zeros(of, BF16) for name, of in (("gate_up", gate_up), ("down", down))
+    }
+    with pytest.raises(ValueError, match=rf"^{PREFIX}.experts.{message}"):
+        load(tensors, config, has_bias=False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_missing_and_superfluous_tensors_are_named(family: str) -> None:
     """Each; without Ernie's bias, the one tensor that tells the two apart, DeepSeek's is."""
@@ -307,9 +325,11 @@ def test_ungated_experts() -> None:
         match=r"experts.0.gate_proj.weight: expected a tensor, got none; experts without a gate fit no layer",
     ):
         load(ungated, config)
-    nothing = {name: tensor for name, tensor in ungated.items() if "experts.0" not in name}
-    with pytest.raises(ValueError, match=r"experts.0.gate_proj.weight: expected a tensor, got none$"):
-        load(nothing, config)
+    neither = {name: tensor for name, tensor in ungated.items() if "up_proj" not in name}
+    one = {name: tensor for name, tensor in tensors.items() if "experts.0.gate_proj" not in name}
+    for missing in (neither, one):
+        with pytest.raises(ValueError, match=r"experts.0.gate_proj.weight: expected a tensor, got none$"):
+            load(missing, config)
 
 
 @pytest.mark.parametrize("names", ["", "DeepSeek", "qwen", None, 3, ["deepseek"]])

@@ -50,6 +50,7 @@ CASES = [
     Case("one huge group, odd E, parts that take turns", (0, 0, 704), 768),
     Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
     Case("one step", (128, 64), 256, 64),
+    Case("more steps than a result has pieces", (128, 64, 128), 320, 320),
     Case("experts in and out of order, some with as many rows", (64, 192, 128, 64, 256, 0, 192, 128), 1088),
 ]
 
@@ -158,6 +159,13 @@ def test_config_for() -> None:
     assert find(34816, 32, 2048, 7168 + 256, BF16) is None, "an odd number of tiles"
     assert find(34816, 32, 2048, 7168, BF16, 16320) is None, "few of them hold tokens"
     assert find(65536, 32, 2048, 7168, BF16, 16384) == TILE
+
+
+def test_takes_large_first() -> None:
+    """DeepSeek-V3's gate and up and gradient of rows do not fit into 50 MB, the others do."""
+    find = kernels.takes_large_first
+    assert all(find(*shape) for shape in ((7168, 4096, BF16), (4096, 7168, F16), (2048, 7168, F32)))
+    assert not any(find(*sides, BF16) for sides in ((2048, 7168), (7168, 2048)))
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 8])

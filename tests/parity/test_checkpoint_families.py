@@ -177,11 +177,11 @@ REFUSED = {
     ),
     "deepseek-v4": (
         Family("DeepseekV4", LOCAL | SCORED, "model.layers.0.ffn"),
-        "gate.bias: expected no tensor of this name, which DeepSeek-V4 has, whose experts clamp",
+        "gate.bias: expected the bias under another name, got it as DeepSeek-V4 has it, whose experts clamp",
     ),
     "deepseek-v4-by-token": (
         Family("DeepseekV4", LOCAL | HASHED, "model.layers.0.ffn"),
-        "gate.tid2eid: expected no tensor of this name, which DeepSeek-V4 has, whose experts clamp",
+        "gate.tid2eid: expected no tensor of this name, got one as DeepSeek-V4 has it, whose experts clamp",
     ),
 }
 
