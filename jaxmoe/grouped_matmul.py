@@ -180,8 +180,8 @@ def grouped_matmul(
       transposed: whether each weight lies as N lines of K, as Hugging Face transformers and torch.nn.Linear have it. It
         is read as it lies, never copied.
       align: what group_sizes are multiples of, as a plan with this `align` has them. With multiples of 64, M being one,
-        too, Hopper GPUs take the copy engine where there are many rows (docs/limits.md), which is faster but where few
-        experts have most of them. It is taken on trust: if it is not so, what comes out there may be anything.
+        too, Hopper GPUs take the copy engine where there are many rows (docs/limits.md), which is faster. It is taken
+        on trust: if it is not so, what comes out there may be anything.
       implementation: "pallas", "interpret", "xla", or None for "pallas" where the device can, else "xla".
 
     Returns:

@@ -39,11 +39,11 @@ WIDE, HIGH = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4
 def config_for(
     num_rows: int, num_experts: int, left: int, right: int, dtype: Any, expected: int | None = None
 ) -> Config | None:
-    """Which tile to use for these shapes; None where there is none, or so few rows that Triton's kernel is faster.
+    """Which tile to use for these shapes; None where there is none, or with fewer rows than have been tried.
 
     expected: how many rows hold tokens, about, where that is not nearly all.
     """
-    if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % LINE or (expected or num_rows) < 64 * num_experts:
+    if dtype not in (jnp.bfloat16, jnp.float16) or num_rows % LINE or (expected or num_rows) < 128 * num_experts:
         return None
     return next((c for c in (WIDE, HIGH) if left % c.left == 0 and right % c.right == 0), None)
 

@@ -56,8 +56,8 @@ def takes_large_first(depth: int, width: int, dtype: Any) -> bool:
     """Whether large experts come first: where an expert's weights do not fit into the cache.
 
     Programs go through an expert's tiles side by side, so that what one reads is in the cache for others, as long as
-    all tiles take as long. Two halves of one do not quite, and behind them programs are apart: then such weights come
-    from memory for each tile of a large expert.
+    all tiles take as long. Two halves of one do not quite, and behind them programs are apart: then such weights are
+    read from memory more than once. Large experts first leave less behind half tiles.
     """
     return depth * width * jnp.dtype(dtype).itemsize > CACHE
 

@@ -146,13 +146,13 @@ def test_on_hopper_many_steps(seed: int, aligned: bool) -> None:
 def test_config_for() -> None:
     """Bfloat16 and float16, enough rows, sides that a tile divides, rows that lines of the copy engine divide."""
     find = kernels.config_for
-    assert find(32768, 32, 7168, 4096, BF16) == find(2048, 32, 7168, 4096, F16) == WIDE
+    assert find(32768, 32, 7168, 4096, BF16) == find(4096, 32, 7168, 4096, F16) == WIDE
     assert find(32768, 32, 7168, 1408, BF16) == HIGH  # 1408 = 11 * 128
     assert find(32768, 32, 1408, 7168, BF16) == WIDE
     assert find(32768, 32, 7168, 4096, F32) is None
     assert find(32768, 32, 1408, 1408, BF16) is find(32768, 32, 7168, 1400, BF16) is None
     assert find(32772, 32, 7168, 4096, BF16) is None, "rows"
-    assert find(2040, 32, 7168, 4096, BF16) is find(4096, 32, 7168, 4096, BF16, 2047) is None, "too few rows"
+    assert find(4088, 32, 7168, 4096, BF16) is find(8192, 32, 7168, 4096, BF16, 4095) is None, "too few rows"
 
 
 @pytest.mark.parametrize(
