@@ -204,14 +204,11 @@ def load_hf_moe(
         # for one of them.
         turned = (gate_up.shape[2], down.shape[1]) == (hidden, hidden)
 
-        def check(name: str, stack: np.ndarray, rows: int, columns: int | str, dtypes: tuple[Any, ...]) -> None:
-            check_array(
-                start + name, stack, (config.num_experts, *((columns, rows) if turned else (rows, columns))), dtypes
-            )
-
-        check(STACKS[0], gate_up, hidden, "2 * I", FLOATS)
+        sides = lambda rows, columns: (config.num_experts, *((columns, rows) if turned else (rows, columns)))
+        check_array(start + STACKS[0], gate_up, sides(hidden, "2 * I"))
         inner = half(start + STACKS[0], gate_up.shape[1 if turned else 2], "second" if turned else "last")
-        check(STACKS[1], down, inner, hidden, FLOATS if dtype is not None else (gate_up.dtype,))
+        stored = FLOATS if dtype is not None else (gate_up.dtype,)
+        check_array(start + STACKS[1], down, sides(inner, hidden), stored)
         if turned:
             gate_up, down = gate_up.swapaxes(1, 2), down.swapaxes(1, 2)
         return params(jnp.array(gate_up, dtype), jnp.array(down, dtype))

@@ -144,6 +144,9 @@ def _check_native(
     check_experts(x, experts, weights, gate_up, down, expert_map, activation, out)
     _check_layouts(x, gate_up, down, experts=experts, weights=weights, expert_map=expert_map, out=out)
     check_sizes(experts, gate_up.shape[0], 1, expert_map, rows_of(max_rows))
+    if out is not None:
+        given = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
+        check_out({"out": out}, {**given, "expert_map": expert_map})
 
 
 def _fill(
@@ -181,12 +184,9 @@ def _fused_experts_native(
 
 
 def _fused_experts_out_native(*args: Any) -> None:
-    x, experts, weights, gate_up, down, expert_map, _, _, out = args
     _check_native(*args)
-    given = {"x": x, "experts": experts, "weights": weights, "gate_up": gate_up, "down": down}
-    check_out({"out": out}, {**given, "expert_map": expert_map})
     _fill(*args)
-    increment_version(out)
+    increment_version(args[-1])
 
 
 def _moe_native(
