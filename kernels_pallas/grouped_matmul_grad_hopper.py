@@ -39,7 +39,7 @@ WIDE, HIGH = Config(128, 256, 8, num_stages=4), Config(256, 128, 4, num_stages=4
 def config_for(
     num_rows: int, num_experts: int, left: int, right: int, dtype: Any, expected: int | None = None
 ) -> Config | None:
-    """Which tile to use for these shapes; None where there is none, or with fewer rows than have been tried.
+    """Which tile to use for these shapes; None where there is none, or too few rows (128 an expert).
 
     expected: how many rows hold tokens, about, where that is not nearly all.
     """
