@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.in_ci import GPU_TESTS, leave_to_ci, marked
 
 # Before jax and transformers are imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the GPU's memory too
@@ -19,8 +22,6 @@ _QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones refuse the name
     _QUICK += " --xla_cpu_use_fusion_emitters=false"  # half the time
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}"
-
-GPU_TESTS = Path(__file__).parent / "gpu"
 
 
 @functools.cache
@@ -37,6 +38,17 @@ def pytest_configure() -> None:
     if not has_gpu():
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for what the tests start
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish() -> None:
+    """Python looks for garbage less often, and not among what was imported: tracing makes much, nearly all of it used."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind says at the end that jax leaks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +73,8 @@ def through_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path, "takes_ops", lambda tensor, implementation: False)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_to_ci(config, items, marked)
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)

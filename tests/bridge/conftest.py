@@ -11,20 +11,6 @@ import torch
 
 from bridge import path
 from tests.emulator.native import TARGETS, Emulator, forget
-from tests.in_ci import leave_to_ci, parameter
-
-# Of these both ways run in CI; here those of the ops, which call the same functions.
-BOTH_WAYS_IN_CI = ("test_against_plain_torch", "test_layer_with_experts_elsewhere", "test_parts_of_a_layer_add_up")
-
-
-def _says_little(item: pytest.Item) -> bool:
-    both = getattr(item, "originalname", "") in BOTH_WAYS_IN_CI and item.path.name == "test_bridge_fused_experts.py"
-    return both and parameter(item, "way") == "dlpack"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves one way of some tests to CI."""
-    leave_to_ci(config, items, _says_little)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

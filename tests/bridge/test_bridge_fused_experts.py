@@ -72,6 +72,7 @@ def by_hand(case: Case, ids: torch.Tensor, *leaves: torch.Tensor) -> torch.Tenso
     return y
 
 
+@pytest.mark.in_ci(way="dlpack")  # the ops call the same functions
 @pytest.mark.parametrize(
     ("case", "views"),
     [*((case, DENSE) for case in CASES), *((case, VIEWS[-1]) for case in (CASES[1], CASES[4], CASES[8], CASES[11]))],
@@ -149,6 +150,7 @@ def part_of_layer(tokens: int, few: tuple[int, ...] = HERE, views: tuple[bool, b
     return tensors(values["x"], CPU), params._replace(gate_up=gate_up, down=down), here(few)
 
 
+@pytest.mark.in_ci(way="dlpack")  # the ops call the same functions
 @pytest.mark.parametrize(
     ("tokens", "valid", "max_rows", "views"),
     [(0, None, 1, DENSE), (1, None, None, DENSE), (5, None, None, DENSE), (5, 4, 8, VIEWS[-1])],
@@ -186,6 +188,7 @@ def test_layer_with_experts_elsewhere(
         assert gradient.any() == (tokens > 0)
 
 
+@pytest.mark.in_ci(way="dlpack")  # the ops call the same functions
 def test_parts_of_a_layer_add_up(way: str) -> None:
     """Where ranks have the same tokens, and the shared expert is on one of them."""
     whole = part_of_layer(5, tuple(range(IDS)))

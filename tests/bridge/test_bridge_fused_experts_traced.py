@@ -71,6 +71,7 @@ MOST = {
 }
 
 
+@pytest.mark.in_ci(most="a number")
 @pytest.mark.parametrize(
     ("make", "most", "dynamic"),
     [(behind, "twice the share", True), (behind, "a number", None), (layer, "twice the share", None)],

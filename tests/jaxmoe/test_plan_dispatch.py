@@ -65,6 +65,7 @@ def test_checks_reject_plans_that_are_cut_wrongly() -> None:
             pytest.fail(f"not caught: {name}", pytrace=False)
 
 
+@pytest.mark.in_ci(align=lambda align: align > 1, max_rows=None)
 @pytest.mark.parametrize(("align", "max_rows"), [(1, None), (4, None), (1, 301), (4, 600)])
 @pytest.mark.parametrize(
     "config",

@@ -125,6 +125,7 @@ def stated_moe(params: jaxmoe.MoEParams, x: jax.Array) -> jax.Array:
     return jnp.sum(y * (weights / jnp.sum(weights, axis=1, keepdims=True))[:, :, None], axis=1)
 
 
+@pytest.mark.in_ci(implementation="interpret")
 def test_second_derivatives(implementation: str) -> None:
     """The norm of a gradient has a gradient, in each argument, as plain jnp has it."""
     given = moe_inputs()
@@ -140,6 +141,7 @@ def test_second_derivatives(implementation: str) -> None:
         assert float(jnp.abs(b).max()) > 1.0
 
 
+@pytest.mark.in_ci(implementation="interpret")
 def test_derivatives_of_what_writes_to_a_given_buffer(implementation: str) -> None:
     """Second ones too, and around `jax.checkpoint` in a jit: what is written over is not kept for them."""
     (params, x), on = moe_inputs(), {"implementation": implementation}
@@ -244,6 +246,7 @@ def test_lowers_for_gpus_under_a_mesh_of_explicit_axes(target: str) -> None:
             assert {"route", "plan_dispatch", "dispatch", "combine"} <= set(re.findall(r'name = "(\w+)"', text))
 
 
+@pytest.mark.in_ci(names=lambda names: len(names) < 2, implementation="interpret")
 @pytest.mark.parametrize("names", [(), ("moe_gate_up",), ("moe_logits",), ("moe_gate_up", "moe_logits")])
 def test_what_checkpoint_policies_can_keep(
     names: tuple[str, ...], implementation: str, capsys: pytest.CaptureFixture[str]
@@ -270,6 +273,7 @@ def test_what_checkpoint_policies_can_keep(
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.in_ci(implementation="interpret")
 def test_strict_promotion(implementation: str) -> None:
     """Users who forbid jax to promote dtypes and ranks by itself can still call this."""
     params, x = moe_inputs()

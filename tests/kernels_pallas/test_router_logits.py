@@ -38,6 +38,7 @@ def test_kinds(pair: tuple[Any, Any], kind: str) -> None:
     assert kind_of(*pair) == kind
 
 
+@pytest.mark.in_ci(slices=7)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("config", "slices"), [(PLAIN, 1), (TILE, 1), (TILE, 3), (TILE, 7)])
 @pytest.mark.parametrize(

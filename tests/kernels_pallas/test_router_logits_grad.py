@@ -51,6 +51,9 @@ def test_gradient_of_x(tokens: int, experts: int, width: int, dtype: Any, other:
                 close(wrong, g @ w, dtype)
 
 
+@pytest.mark.in_ci(slices=lambda slices: slices is not None, dtype=lambda dtype: dtype is BF16)
+@pytest.mark.in_ci(slices=3, other=lambda other: other is F16)
+@pytest.mark.in_ci(slices=1, other=lambda other: other is F32)
 @pytest.mark.parametrize("slices", [1, 3, None])
 @pytest.mark.parametrize("other", [BF16, F16, F32])
 @pytest.mark.parametrize("dtype", [BF16, F32])

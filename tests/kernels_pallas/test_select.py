@@ -91,6 +91,7 @@ def test_quick_top_k(columns: int, k: int, depth: int, lanes: int) -> None:
     assert sure >= 16
 
 
+@pytest.mark.in_ci(columns=64)
 @pytest.mark.parametrize("groups", [None, select.Groups(2, 2, 1, False), select.Groups(8, 8, 4, False)], ids=str)
 @pytest.mark.parametrize("margin", [5, 96])
 @pytest.mark.parametrize("columns", [2, 16, 64])
@@ -190,6 +191,7 @@ def test_in_order_of_many() -> None:
     assert found.tolist() == [*place[want], *[0] * 12]
 
 
+@pytest.mark.in_ci(lanes=64)
 @pytest.mark.parametrize("lanes", [32, 64])
 @pytest.mark.parametrize("spread", [2, 2**31 - 1])
 @pytest.mark.parametrize("top2", [True, False])
