@@ -75,6 +75,7 @@ def test_plan_as_configured(tokens: int, case: PlanCase, emulator: Emulator) -> 
     plan(emulator, case, tokens, offset=1)
 
 
+@pytest.mark.in_ci(way="two launches")  # the same but for how blocks are counted
 @pytest.mark.parametrize(
     ("case", "named"),
     [

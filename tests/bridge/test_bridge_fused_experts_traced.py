@@ -71,6 +71,7 @@ MOST = {
 }
 
 
+@pytest.mark.in_ci(make=lambda make: make is layer)
 @pytest.mark.in_ci(most="a number")
 @pytest.mark.parametrize(
     ("make", "most", "dynamic"),

@@ -114,6 +114,7 @@ def test_cut_in_either_number_of_launches(
     np.testing.assert_array_equal(cut.group_sizes[before], whole.group_sizes[before], "what fits is as it was")
 
 
+@pytest.mark.in_ci(implementation="interpret")
 @settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -234,6 +234,7 @@ def routings(draw: st.DrawFn) -> tuple[RoutingConfig, int, int, bool, str]:
     )
 
 
+@pytest.mark.in_ci(implementation="interpret")  # each of its configs is compiled
 @settings(
     max_examples=cases.EXAMPLES,
     deadline=None,

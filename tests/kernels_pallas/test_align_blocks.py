@@ -29,6 +29,7 @@ NAMED = [
 ]
 
 
+@pytest.mark.in_ci(way="two launches")  # the same but for how blocks are counted
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("case", "named"), [(case, case in NAMED) for case in CASES + NAMED], ids=lambda v: getattr(v, "why", "")
