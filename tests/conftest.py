@@ -41,7 +41,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Python looks for garbage less often, and not among what was imported: tracing makes much, nearly all of it used."""
+    """Python looks for garbage less often, and not among what was imported: what tracing makes is nearly all used."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -1,6 +1,6 @@
 """Which tests are left to CI.
 
-`@pytest.mark.in_ci()` leaves a test to it, `@pytest.mark.in_ci(lanes=64, dtype=is_narrow)` where the test is given these:
+`@pytest.mark.in_ci()` leaves a test to it, `@pytest.mark.in_ci(lanes=64, case=is_large)` where the test is given these:
 a value, or a function that says whether it is one. For what says little beside other tests for the time it takes. On a
 GPU all run.
 """

@@ -163,9 +163,7 @@ def jaxmoe_logits(router: Router, x: torch.Tensor, implementation: str) -> jnp.n
 
 
 # The kernels are held against the reference elsewhere; here some of them are, and in CI all.
-INTERPRETED = (
-    MODELS if "JAXMOE_EVERY_TARGET" in os.environ else ("deepseek-v3", "deepseek-v2", "gpt-oss-120b")
-)
+INTERPRETED = MODELS if "JAXMOE_EVERY_TARGET" in os.environ else ("deepseek-v3", "deepseek-v2", "gpt-oss-120b")
 
 
 @pytest.mark.parametrize(
