@@ -313,6 +313,7 @@ CATALOGUE: tuple[Entry, ...] = (
     _weight_grad("bfloat16", BF16, 4096),
     _weight_grad("float32, over 2**31 elements", F32, LONG),
     _logits("bfloat16", BF16, BF16, 4096),
+    _logits("bfloat16, 512 tokens", BF16, BF16, 512),
     _logits("bfloat16, few tokens", BF16, BF16, 16),
     _logits("bfloat16, 8 tokens", BF16, BF16, 8, sliced=False),
     _logits("bfloat16, one token", BF16, BF16, 1, sliced=False),

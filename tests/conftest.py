@@ -42,6 +42,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     """Python looks for garbage less often, and not among what was imported: what tracing makes is nearly all used."""
+    if has_gpu():  # not tried there
+        return
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -63,6 +65,7 @@ def free_compiled_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:  # one module makes as many at most
         jax.clear_caches()
+        gc.collect()  # what lies in cycles
 
 
 @pytest.fixture

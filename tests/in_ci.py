@@ -2,7 +2,7 @@
 
 `@pytest.mark.in_ci()` leaves a test to it, `@pytest.mark.in_ci(lanes=64, case=is_large)` where the test is given these:
 a value, or a function that says whether it is one. For what says little beside other tests for the time it takes. On a
-GPU all run.
+GPU all run. CI runs them on both Pythons (.ci/run).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 from collections.abc import Callable
 
 import jax
@@ -203,7 +204,8 @@ def test_gradient_of_routing(scoring_func: str, emulator: Emulator) -> None:
     oracle.same(got.numpy(), np.asarray(pull(grad)[0], np.float64), rtol=2e-5, atol=1e-6)
 
 
-LOGITS = {
+# Tokens, width, dtypes and, where not 40, experts.
+LOGITS: dict[str, tuple[Any, ...]] = {
     "one token": (1, 328, BF16, BF16),
     "one token, mixed": (1, 328, BF16, F32),
     "three tokens, plain products": (3, 4104, BF16, F32),
@@ -211,6 +213,7 @@ LOGITS = {
     "parts, in slices": (5, 520, BF16, F32),
     "parts of the tokens": (9, 520, F32, BF16),
     "large tiles": (140, 200, F16, F16),
+    "more than 64 experts, slices of 6 steps and of 2": (140, 1800, BF16, BF16, 72),
     "large tiles of parts": (140, 136, BF16, F32),
     "odd width": (70, 77, BF16, F32),
     "float32": (6, 136, F32, F32),
@@ -220,8 +223,8 @@ LOGITS = {
 @pytest.mark.parametrize("name", LOGITS)
 def test_router_logits(name: str, emulator: Emulator) -> None:
     """Every tile and way to multiply; float32 operands as exactly as float32 products are."""
-    tokens, width, *dtypes = LOGITS[name]
-    x, weight = normal(0, tokens, width, dtype=dtypes[0]), normal(1, 40, width, dtype=dtypes[1])
+    tokens, width, *dtypes, experts = LOGITS[name] if len(LOGITS[name]) == 5 else (*LOGITS[name], 40)
+    x, weight = normal(0, tokens, width, dtype=dtypes[0]), normal(1, experts, width, dtype=dtypes[1])
     got = routing.router_logits(emulator.put(x, extra=8 if width % 8 == 0 else 3), emulator.put(weight))
     want = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     oracle.same(got.numpy(), want, rtol=2e-6, atol=2e-6 * width**0.5)

@@ -50,7 +50,7 @@ CASES = [
     Case("one expert", (3,)),
     Case("experts without tokens", (0, 1, 8), lowest=2, highest=7),
     Case("no tokens", (1, 2), tokens=0),
-    Case("one token, one slot", (0, 5, 6), tokens=1, slots=1, lowest=0),
+    Case("one token, one slot", (0, 7, 6), tokens=1, slots=1, lowest=0),
     Case("room for more than there is", (1, 4), max_rows=1000),
     Case("room for some rows", tuple(range(IDS)), max_rows=16),
     Case("room for some rows of some experts, rounded up", (8, 0, 5, 3), max_rows=3),

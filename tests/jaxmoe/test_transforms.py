@@ -273,7 +273,6 @@ def test_what_checkpoint_policies_can_keep(
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.in_ci(implementation="interpret")
 def test_strict_promotion(implementation: str) -> None:
     """Users who forbid jax to promote dtypes and ranks by itself can still call this."""
     params, x = moe_inputs()
