@@ -213,7 +213,7 @@ LOGITS: dict[str, tuple[Any, ...]] = {
     "parts, in slices": (5, 520, BF16, F32),
     "parts of the tokens": (9, 520, F32, BF16),
     "large tiles": (140, 200, F16, F16),
-    "more than 64 experts, slices of 6 steps and of 2": (140, 1800, BF16, BF16, 72),
+    "more than 64 experts: slices of two steps and of one": (140, 1800, BF16, BF16, 200),
     "large tiles of parts": (140, 136, BF16, F32),
     "odd width": (70, 77, BF16, F32),
     "float32": (6, 136, F32, F32),
