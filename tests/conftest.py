@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_ci import GPU_TESTS, leave_to_ci, marked
+from tests.in_ci import GPU_TESTS, leave_to_ci
 
 # Before jax and transformers are imported.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the GPU's memory too
@@ -77,7 +77,7 @@ def through_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    leave_to_ci(config, items, marked)
+    leave_to_ci(config, items)
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)

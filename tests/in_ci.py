@@ -8,7 +8,6 @@ GPU all run. CI runs them on both Pythons (.ci/run).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ import pytest
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 
-def leave_to_ci(config: pytest.Config, items: list[pytest.Item], says_little: Callable[[pytest.Item], bool]) -> None:
-    """Takes out of `items`, but not in CI, those that say little for the time they take."""
+def leave_to_ci(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out of `items`, but not in CI, those that are marked."""
     if "JAXMOE_EVERY_TARGET" in os.environ:
         return
-    left = [item for item in items if says_little(item)]
+    left = [item for item in items if marked(item)]
     if left:
         config.hook.pytest_deselected(items=left)
         gone = {id(item) for item in left}
@@ -42,9 +41,3 @@ def _fits(item: pytest.Item, mark: pytest.Mark) -> bool:
     return all(
         wanted(params[name]) if callable(wanted) else params[name] == wanted for name, wanted in mark.kwargs.items()
     )
-
-
-def parameter(item: pytest.Item, name: str) -> object:
-    """What a test was given by this name, or None."""
-    given = getattr(item, "callspec", None)
-    return given and given.params.get(name)

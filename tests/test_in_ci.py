@@ -56,6 +56,6 @@ def test_in_ci_all_run(everything: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: told.extend(items)))
     left, stays = item(pytest.mark.in_ci(lanes=64), lanes=64), item(lanes=64)
     items = [left, stays]
-    in_ci.leave_to_ci(config, items, in_ci.marked)
+    in_ci.leave_to_ci(config, items)
     assert items == ([left, stays] if everything else [stays])
     assert told == ([] if everything else [left])

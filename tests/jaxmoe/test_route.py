@@ -19,6 +19,7 @@ from tests.check_route import check_route
 from tests.devices import run_on_cpus
 
 
+@pytest.mark.in_ci(case=lambda case: case.why in cases.INTERPRETED_IN_CI, implementation="interpret")
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_route(case: cases.Case, implementation: str, tokens: int | None) -> None:
     if implementation == "interpret" and case.why in cases.SLOW_INTERPRETED:
